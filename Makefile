@@ -1,0 +1,31 @@
+# Two commands do everything: `make sample` and `make test`. Both create .venv and install into it, nothing else.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: sample test clean
+
+sample: .venv/.ready checkpoints/toy/model_index.json
+	$(PY) sample.py --image examples/fox.png --prompt "a fox is jumping in the snow" --adapter checkpoints/toy/switch \
+	    --out samples/switch.gif
+	$(PY) sample.py --image examples/fox.png --prompt "a fox made of gold" --model checkpoints/toy/sugar \
+	    --out samples/sugar.gif
+
+test: .venv/.ready-test
+	$(PY) -m pytest
+
+checkpoints/toy/model_index.json: toy.py | .venv/.ready
+	$(PY) toy.py init
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { echo "Python needs its venv module: on Debian, apt install python3-venv."; rm -rf .venv; exit 1; }
+
+.venv/.ready: pyproject.toml | .venv/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/.ready-test: pyproject.toml | .venv/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@ .venv/.ready
+
+clean:
+	rm -rf .venv samples .pytest_cache .hypothesis __pycache__ tests/__pycache__

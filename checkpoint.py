@@ -1,0 +1,186 @@
+"""Checkpoints on disk, in the diffusers layout: a folder for each network with a config.json and its weights as
+safetensors, in one file or in shards with an index. This file knows no network; it reads, checks and writes files.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' weight files; transformers' is "model"
+CHUNK = 128 * 2**20  # bytes of a shard that are mapped at a time, see load()
+SHARD = 5 * 10**9  # bytes in a shard that we write, diffusers' default
+
+
+class BadInput(Exception):
+    """Something a person gave cannot work. The message is a sentence: what is wrong, where, and what to do."""
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies, from the header of its file alone."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name for it: "F32", "BF16", "F16", ...
+    nbytes: int
+
+
+def resolve(model: str) -> Path:
+    """The local folder of a model: `model` itself where it is one, else a snapshot of the hub id `model`."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise BadInput(f"{model} is a file: a model is a folder in the diffusers layout, or a hub id.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise BadInput(f"There is no folder {model}: give a folder in the diffusers layout, or a hub id such as "
+                       f"THUDM/CogVideoX-5b.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # no network, no such repository, no permission: the hub has a class for each
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{model} is neither a folder here nor a model that the hub gave ({reason}); check the name, or "
+                       f"download it where there is a network and pass its folder.") from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is missing: is {path.parent} a folder in the diffusers layout?") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds no JSON object.")
+    return content
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Names, shapes and types of the tensors in one safetensors file, without reading the tensors."""
+    if not file.is_file():
+        raise BadInput(f"The weight file {file} is missing.")
+    try:
+        with safe_open(file, "pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}
+            entries = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"The weight file {file} is truncated or damaged ({error}); download it again.") from error
+    bits = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16}
+    return {key: Entry(file, shape, dtype, torch.Size(shape).numel() * bits.get(dtype, 8) // 8)
+            for key, (shape, dtype) in entries.items()}
+
+
+def index(folder: Path, stem: str = WEIGHTS) -> dict[str, Entry]:
+    """Where each tensor of a network lies. Every shard is opened and checked against the index, none is read."""
+    listing, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if not listing.exists():
+        if not single.exists():
+            raise BadInput(f"{folder} has no weights: neither {single.name} nor {listing.name} is there (.bin and .pt "
+                           f"files are not read).")
+        return read_header(single)
+    where = read_json(listing).get("weight_map")
+    if not isinstance(where, dict):
+        raise BadInput(f"{listing} has no weight_map.")
+    entries = {}
+    for name in sorted(set(where.values())):
+        found, listed = read_header(folder / name), {key for key, file in where.items() if file == name}
+        if found.keys() != listed:
+            odd = sorted(found.keys() ^ listed)
+            raise BadInput(f"The shard {folder / name} does not belong to {listing.name}: they disagree on {some(odd)}.")
+        entries |= found
+    return entries
+
+
+def some(keys: list[str], count: int = 3) -> str:
+    """The first few of many names, and how many there are."""
+    return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
+
+
+def check(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> dict[str, Entry]:
+    """Compares the weights in `folder` with what `model` (on any device, also meta) expects, reading headers only.
+
+    Keys that start with one of `new` may be missing: load() leaves them to the caller to initialise.
+    """
+    entries, wanted = index(folder), model.state_dict()
+    missing = [key for key in wanted if key not in entries and not key.startswith(new or ("\0",))]
+    unexpected = [key for key in entries if key not in wanted]
+    if missing or unexpected:
+        parts = [f"{len(keys)} {kind} ({some(keys)})" for kind, keys in
+                 (("missing", missing), ("unexpected", unexpected)) if keys]
+        raise BadInput(f"The weights in {folder} do not fit its config.json: {', '.join(parts)}.")
+    for key, entry in entries.items():
+        if entry.shape != tuple(wanted[key].shape):
+            raise BadInput(f"{key} in {entry.file} has shape {list(entry.shape)}, the config.json beside it asks for "
+                           f"{list(wanted[key].shape)}.")
+    return entries
+
+
+def load(model: nn.Module, folder: Path, device="cpu", dtype=torch.float32, new: tuple[str, ...] = ()) -> nn.Module:
+    """Fills `model`, built on the meta device, from the safetensors in `folder`.
+
+    Tensors are copied out of a memory-mapped file, and the file is mapped anew for every CHUNK bytes: pages that were
+    copied are let go, so host memory peaks at the weights plus one chunk (none of the weights when `device` is a GPU).
+    """
+    waiting: dict[Path, list[tuple[str, int]]] = {}
+    for key, entry in check(model, folder, new).items():
+        waiting.setdefault(entry.file, []).append((key, entry.nbytes))
+    for file, keys in waiting.items():
+        while keys:
+            part, size = {}, 0
+            with safe_open(file, "pt") as tensors:
+                while keys and size < CHUNK:
+                    key, nbytes = keys.pop()
+                    part[key] = tensors.get_tensor(key).to(device=device, dtype=dtype, copy=True)
+                    size += nbytes
+            model.load_state_dict(part, strict=False, assign=True)
+    return model
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating-point type in which most of a network's bytes are stored."""
+    size: dict[str, int] = {}
+    for entry in index(folder).values():
+        size[entry.dtype] = size.get(entry.dtype, 0) + entry.nbytes
+    names = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return names.get(max(size, key=size.get), torch.float32)
+
+
+def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str = WEIGHTS, shard: int = SHARD) -> None:
+    """Writes config.json and the weights, sharded as diffusers does. The folder appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shards, room = [{}], shard
+        for key, tensor in tensors.items():
+            if shards[-1] and tensor.nbytes > room:
+                shards.append({})
+                room = shard
+            shards[-1][key] = tensor.detach().cpu().contiguous()
+            room -= tensor.nbytes
+        names = [f"{stem}.safetensors"]
+        if len(shards) > 1:
+            names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            where = {key: name for name, content in zip(names, shards) for key in content}
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            listing = {"metadata": {"total_size": total}, "weight_map": where}
+            (part / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
+        for name, content in zip(names, shards):
+            save_file(content, part / name, metadata={"format": "pt"})
+        part.chmod(0o755)  # mkdtemp's folder is closed to others
+        old = part.with_name(part.name + "-old")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

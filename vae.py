@@ -1,0 +1,304 @@
+"""The 3D causal VAE of CogVideoX: pixels [B, 3, F, H, W] <-> latents [B, 16, T, H/8, W/8], T = (F - 1) / 4 + 1.
+
+Video passes through in chunks of time: 8 frames when encoding, 2 latents when decoding, the first chunk takes the
+remainder (8 + 1, 2 + 1). The chunks are part of what the official VAE computes, since its group norms see one chunk at a
+time; between chunks every causal convolution carries its last frames over in `cache`. So memory does not grow with the
+length of the clip.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+from checkpoint import BadInput
+
+# The last frames that each causal convolution has seen: what a chunk leaves to the next one.
+Cache = dict[nn.Module, Tensor]
+
+
+@dataclass
+class VAEConfig:
+    """The fields of the official config.json that change what is computed; the defaults are the 2b's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    norm_eps: float = 1e-6
+    norm_num_groups: int = 32
+    temporal_compression_ratio: int = 4
+    sample_height: int = 480  # a tile is half of it
+    sample_width: int = 720
+    scaling_factor: float = 1.15258426
+    invert_scale_latents: bool = False  # 1.5: the image's latents are divided by scaling_factor, not multiplied
+
+
+class CausalConv3d(nn.Module):
+    """Convolution that sees the present and the past: the time before the first frame is that frame repeated."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3):
+        super().__init__()
+        self.past = kernel - 1
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=(0, kernel // 2, kernel // 2))
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [B, C, T, H, W]
+        if self.past:
+            before = cache.get(self)
+            if before is None:
+                before = x[:, :, :1].expand(-1, -1, self.past, -1, -1)
+            x = torch.cat([before, x], dim=2)
+            cache[self] = x[:, :, -self.past :].clone()  # a clone, or the view would keep the whole chunk alive
+        return self.conv(x)
+
+
+class SpatialNorm(nn.Module):
+    """Group norm whose scale and shift are read off the latents z, upsampled to f's size (nearest)."""
+
+    def __init__(self, channels: int, latent_channels: int, groups: int):
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv_y = CausalConv3d(latent_channels, channels, kernel=1)
+        self.conv_b = CausalConv3d(latent_channels, channels, kernel=1)
+
+    def forward(self, f: Tensor, z: Tensor, cache: Cache) -> Tensor:
+        # A 1x1x1 convolution and nearest upsampling commute, and the latents are the smaller ones.
+        scale, shift = (upsample_like(conv(z, cache), f) for conv in (self.conv_y, self.conv_b))
+        return self.norm_layer(f) * scale + shift
+
+
+def upsample_like(z: Tensor, f: Tensor) -> Tensor:
+    """Nearest upsampling of z to f's [T, H, W]. In a chunk with a first frame, that frame stands alone in time."""
+    frames, size = f.shape[2], f.shape[-2:]
+    if frames > 1 and frames % 2 == 1:
+        first, rest = F.interpolate(z[:, :, :1], (1, *size)), F.interpolate(z[:, :, 1:], (frames - 1, *size))
+        return torch.cat([first, rest], dim=2)
+    return F.interpolate(z, (frames, *size))
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, decoder: bool):
+        super().__init__()
+        groups, eps, latent = config.norm_num_groups, config.norm_eps, config.latent_channels
+        if decoder:
+            self.norm1 = SpatialNorm(in_channels, latent, groups)
+            self.norm2 = SpatialNorm(out_channels, latent, groups)
+        else:
+            self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+            self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv1 = CausalConv3d(in_channels, out_channels)
+        self.conv2 = CausalConv3d(out_channels, out_channels)
+        if in_channels != out_channels:
+            self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, z: Tensor | None, cache: Cache) -> Tensor:
+        """z: the latents that the decoder's norms read; None in the encoder."""
+        h = self.norm1(x) if z is None else self.norm1(x, z, cache)
+        h = self.conv1(F.silu(h), cache)
+        h = self.norm2(h) if z is None else self.norm2(h, z, cache)
+        h = self.conv2(F.silu(h), cache)
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and time where `time`: frames are averaged in pairs, a first frame stays as it is."""
+
+    def __init__(self, channels: int, time: bool):
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.time:
+            first, rest = x[:, :, : x.shape[2] % 2], x[:, :, x.shape[2] % 2 :]
+            x = torch.cat([first, rest.unflatten(2, (-1, 2)).mean(dim=3)], dim=2) if rest.shape[2] else first
+        return per_frame(self.conv, F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and time where `time`: frames are repeated, a first frame is not."""
+
+    def __init__(self, channels: int, time: bool):
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.time:
+            first = x.shape[2] % 2
+            x = torch.cat([x[:, :, :first], x[:, :, first:].repeat_interleave(2, dim=2)], dim=2)
+        return per_frame(lambda frame: self.conv(F.interpolate(frame, scale_factor=2.0)), x)
+
+
+def per_frame(f, x: Tensor) -> Tensor:
+    """f, which knows [B, C, H, W], on every frame of x [B, C, T, H, W]."""
+    frames = f(x.transpose(1, 2).flatten(0, 1))
+    return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+class Stage(nn.Module):
+    """Residual blocks at one resolution, then at most one change of resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, layers: int, config: VAEConfig, decoder: bool,
+                 down: nn.Module | None = None, up: nn.Module | None = None):
+        super().__init__()
+        channels = [in_channels] + [out_channels] * layers
+        self.resnets = nn.ModuleList(ResnetBlock(i, o, config, decoder) for i, o in zip(channels, channels[1:]))
+        if down is not None:
+            self.downsamplers = nn.ModuleList([down])
+        if up is not None:
+            self.upsamplers = nn.ModuleList([up])
+
+    def forward(self, x: Tensor, z: Tensor | None, cache: Cache) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, z, cache)
+        for change in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
+            x = change(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, halvings = config.block_out_channels, config.temporal_compression_ratio.bit_length() - 1
+        self.conv_in = CausalConv3d(config.in_channels, widths[0])
+        self.down_blocks = nn.ModuleList(
+            Stage(widths[max(i - 1, 0)], width, config.layers_per_block, config, decoder=False,
+                  down=Downsample(width, time=i < halvings) if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.mid_block = Stage(widths[-1], widths[-1], 2, config, decoder=False)
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        x = self.conv_in(x, cache)
+        for stage in (*self.down_blocks, self.mid_block):
+            x = stage(x, None, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        widths, halvings = config.block_out_channels[::-1], config.temporal_compression_ratio.bit_length() - 1
+        self.conv_in = CausalConv3d(config.latent_channels, widths[0])
+        self.mid_block = Stage(widths[0], widths[0], 2, config, decoder=True)
+        self.up_blocks = nn.ModuleList(
+            Stage(widths[max(i - 1, 0)], width, config.layers_per_block + 1, config, decoder=True,
+                  up=Upsample(width, time=i < halvings) if i < len(widths) - 1 else None)
+            for i, width in enumerate(widths))
+        self.norm_out = SpatialNorm(widths[-1], config.latent_channels, config.norm_num_groups)
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels)
+
+    def forward(self, z: Tensor, cache: Cache) -> Tensor:
+        x = self.conv_in(z, cache)
+        for stage in (self.mid_block, *self.up_blocks):
+            x = stage(x, z, cache)
+        return self.conv_out(F.silu(self.norm_out(x, z, cache)), cache)
+
+
+class VAE(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.shrink = 2 ** (len(config.block_out_channels) - 1)  # 8: pixels to a latent, in height and in width
+        self.tiled = False  # see in_tiles()
+        self.tile = [config.sample_height // 2, config.sample_width // 2]  # in pixels
+        self.latent_tile = [side // self.shrink for side in self.tile]
+
+    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of video [B, 3, F, H, W] in [-1, 1], F = 1 or 8k+1: mean and deviation, each
+        [B, 16, T, H/8, W/8], not yet scaled (see scale())."""
+        frames = video.shape[2]
+        if frames != 1 and frames % 8 != 1:
+            raise ValueError(f"The VAE encodes 1 or 8k+1 frames, not {frames}.")
+        mean, log_variance = self.in_tiles(video, self.encoder, 8, self.tile, self.latent_tile).chunk(2, dim=1)
+        return mean, (0.5 * log_variance.clamp(-30, 20)).exp()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Video [B, 3, F, H, W] from latents [B, 16, T, H/8, W/8], T = 1 or odd, unscaled (see scale())."""
+        if z.shape[2] % 2 != 1:
+            raise ValueError(f"The VAE decodes an odd number of latent frames, not {z.shape[2]}.")
+        return self.in_tiles(z, self.decoder, 2, self.latent_tile, self.tile)
+
+    def scale(self, z: Tensor, image: bool = False) -> Tensor:
+        """From the VAE's latents to the transformer's. image: the first frame that an I2V model is given."""
+        inverted = image and self.config.invert_scale_latents
+        return z / self.config.scaling_factor if inverted else z * self.config.scaling_factor
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """From the transformer's latents to the VAE's."""
+        return z / self.config.scaling_factor
+
+    def in_tiles(self, x: Tensor, network: nn.Module, chunk: int, sides_in: list[int], sides_out: list[int]) -> Tensor:
+        """Runs encoder or decoder over x, in overlapping tiles when self.tiled is set and x is larger than one: for
+        frames too large to be processed whole. A tile sees less of the frame, so the result differs a little; sizes and
+        overlaps (1/6 of the height, 1/5 of the width) are the official ones.
+
+        sides_in, sides_out: height and width of a tile before and after the network.
+        """
+        if not self.tiled or (x.shape[-2] <= sides_in[0] and x.shape[-1] <= sides_in[1]):
+            return in_chunks(x, network, chunk)
+        overlaps = (1 / 6, 1 / 5)
+        steps = [int(side * (1 - overlap)) for side, overlap in zip(sides_in, overlaps)]
+        blends = [int(side * overlap) for side, overlap in zip(sides_out, overlaps)]
+        keep_height, keep_width = (side - blend for side, blend in zip(sides_out, blends))
+        rows, above = [], None
+        for top in range(0, x.shape[-2], steps[0]):
+            row, left = [], None
+            for i, start in enumerate(range(0, x.shape[-1], steps[1])):
+                tile = x[..., top : top + sides_in[0], start : start + sides_in[1]]
+                tile = in_chunks(tile, network, chunk)
+                if above is not None:
+                    tile = blend(above[i], tile, blends[0], dim=-2)
+                if left is not None:
+                    tile = blend(left, tile, blends[1], dim=-1)
+                row.append(left := tile)
+            rows.append(torch.cat([tile[..., :keep_height, :keep_width] for tile in row], dim=-1))
+            above = row
+        return torch.cat(rows, dim=-2)
+
+
+def in_chunks(x: Tensor, network: nn.Module, chunk: int) -> Tensor:
+    """Runs network over x [B, C, T, H, W] `chunk` frames at a time, the first time with the remainder of T."""
+    cache: Cache = {}
+    ends = range(x.shape[2] % chunk + chunk if x.shape[2] >= chunk else x.shape[2], x.shape[2] + 1, chunk)
+    starts = [0, *ends[:-1]]
+    return torch.cat([network(x[:, :, start:end], cache) for start, end in zip(starts, ends)], dim=2)
+
+
+def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:
+    """`after` with its first `extent` lines along dim faded in over the last lines of `before`."""
+    extent = min(before.shape[dim], after.shape[dim], extent)
+    if extent == 0:
+        return after
+    weight = torch.arange(extent, device=after.device, dtype=after.dtype) / extent
+    weight = weight.view(-1, *[1] * (-dim - 1))
+    old, new = before.narrow(dim, before.shape[dim] - extent, extent), after.narrow(dim, 0, extent)
+    return torch.cat([old * (1 - weight) + new * weight, after.narrow(dim, extent, after.shape[dim] - extent)], dim=dim)
+
+
+def read_config(folder: Path) -> VAEConfig:
+    raw = checkpoint.read_json(folder / "config.json")
+    for name in ("use_quant_conv", "use_post_quant_conv", "shift_factor", "latents_mean", "latents_std"):
+        if raw.get(name):
+            raise BadInput(f"{folder / 'config.json'} sets {name}, which no CogVideoX VAE does and this code does not know.")
+    return VAEConfig(**{field.name: raw[field.name] for field in fields(VAEConfig) if field.name in raw})
+
+
+def load_vae(folder: Path, device="cpu", dtype=torch.float32) -> VAE:
+    """The VAE in `folder` (config.json and safetensors in the diffusers layout), ready to use and frozen."""
+    with torch.device("meta"):
+        vae = VAE(read_config(folder))
+    return checkpoint.load(vae, folder, device, dtype).eval().requires_grad_(False)
+
+
+def save_vae(vae: VAE, folder: Path) -> None:
+    config = {"_class_name": "AutoencoderKLCogVideoX", **asdict(vae.config)}
+    checkpoint.save(folder, config, vae.state_dict())
