@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +145,21 @@ def load(model: nn.Module, folder: Path, device="cpu", dtype=torch.float32, new:
                     size += nbytes
             model.load_state_dict(part, strict=False, assign=True)
     return model
+
+
+@contextmanager
+def replace_when_whole(file: Path) -> Iterator[Path]:
+    """A temporary path beside `file` to write to, with the same suffix. It takes the name of `file` when the block ends
+    well and vanishes when it does not: nobody ever sees half a file."""
+    handle, name = tempfile.mkstemp(prefix=f".{file.stem}-", suffix=file.suffix, dir=file.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        part.chmod(0o644)  # mkstemp's file is closed to others
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -1,0 +1,219 @@
+"""LoRA by hand: y = W x + alpha / rank * B A dropout(x), for linear layers and convolutions, and its files.
+
+An injected layer stays the layer it was, with the same weight under the same name, and gains lora_A and lora_B below
+itself. So a base checkpoint loads with or without adapters, and the adapter's keys are PEFT's.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from checkpoint import BadInput, read_header, replace_when_whole, some
+
+# Switch's layers: a module is adapted when its name is one of these or ends in "." and one of these. "proj" is the patch
+# projection (a convolution) and the first linear of each feed-forward.
+SWITCH_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "ff.net.2", "text_proj", "norm1.linear", "norm2.linear")
+
+PREFIX = "transformer."  # of every key in a file
+METADATA = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+OURS = "nanos2v."  # of our own settings in that metadata; diffusers reads only those with PREFIX
+FILES = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_transformer.safetensors")
+
+
+@dataclass
+class Adapter:
+    """What an adapter file says about itself. The defaults are Switch's and our trainer's (see the README's readings)."""
+
+    rank: int = 128
+    alpha: float = 64.0
+    dropout: float = 0.1
+    norm_lora: str = "reference"  # who passes the adapted norm: "reference" tokens (Switch 3.3) or "all"
+    lora_tokens: str = "all"  # who passes the other adapted layers: "all" or "reference" tokens
+    cls: str = "token"  # <cls> in the prompt: a "token" of its own, word "pieces", or "none"
+
+
+# The released adapter's file says nothing about itself. So it was trained and so its public code in fact runs it.
+RELEASED = {"alpha": 64.0, "norm_lora": "all", "lora_tokens": "all", "cls": "pieces"}
+
+
+class LoRA:
+    """What LoRALinear and LoRAConv2d share: the low-rank update beside the layer."""
+
+    def add_lora(self, rank: int, alpha: float, dropout: float, lora_A: nn.Module, lora_B: nn.Module) -> None:
+        self.lora_A, self.lora_B, self.lora_dropout = lora_A, lora_B, nn.Dropout(dropout)
+        self.lora_scale = alpha / rank
+        if not self.weight.is_meta:
+            nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
+            nn.init.zeros_(lora_B.weight)  # so that training starts at the base model
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def base(self, x: Tensor) -> Tensor:
+        """The layer without its LoRA."""
+        return super().forward(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        return self.lora_scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.update(x)
+
+
+class LoRALinear(LoRA, nn.Linear):
+    pass
+
+
+class LoRAConv2d(LoRA, nn.Conv2d):
+    pass
+
+
+def without_lora(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x) without its LoRA, where it has one."""
+    return layer.base(x) if isinstance(layer, LoRA) else layer(x)
+
+
+def on_tokens(layer: nn.Module, x: Tensor, tokens: slice | None) -> Tensor:
+    """layer(x) for x [B, L, d], its LoRA (where it has one) only on `tokens` of the sequence; None means on all."""
+    if tokens is None or not isinstance(layer, LoRA):
+        return layer(x)
+    y, length = layer.base(x), x.shape[1]
+    low, high, _ = tokens.indices(length)
+    update = layer.update(x[:, low:high])
+    return y + nn.functional.pad(update, (0, 0, low, length - high))
+
+
+def targets(model: nn.Module, names: tuple[str, ...] = SWITCH_TARGETS) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(name == target or name.endswith("." + target) for target in names):
+            yield name, module
+
+
+def inject(model: nn.Module, rank: int = 128, alpha: float = 64.0, dropout: float = 0.1,
+           names: tuple[str, ...] = SWITCH_TARGETS) -> list[str]:
+    """Adds a LoRA to every layer of `model` that `names` reach, and returns their names. The layers' own weights are
+    frozen; A is drawn as PEFT draws it, B is zero.
+    """
+    found = [(name, module) for name, module in targets(model, names) if isinstance(module, (nn.Linear, nn.Conv2d))]
+    if not found:
+        raise ValueError(f"No linear layer or convolution of the model is named {', '.join(names)}.")
+    for _, layer in found:
+        place = {"device": layer.weight.device, "dtype": layer.weight.dtype, "bias": False}
+        if isinstance(layer, nn.Conv2d):
+            A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, **place)
+            B = nn.Conv2d(rank, layer.out_channels, 1, **place)
+            layer.__class__ = LoRAConv2d
+        else:
+            A, B = nn.Linear(layer.in_features, rank, **place), nn.Linear(rank, layer.out_features, **place)
+            layer.__class__ = LoRALinear
+        layer.add_lora(rank, alpha, dropout, A, B)
+    return [name for name, _ in found]
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors, named as in the model: <module>.lora_A.weight and <module>.lora_B.weight."""
+    return {key: tensor for key, tensor in model.state_dict().items() if ".lora_A." in key or ".lora_B." in key}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Folds every LoRA into its layer's weight and removes it. Only right where all tokens pass it."""
+    for layer in model.modules():
+        if isinstance(layer, LoRA):
+            A, B = layer.lora_A.weight.float(), layer.lora_B.weight.float()
+            delta = (B.flatten(1) @ A.flatten(1)).view_as(layer.weight)  # also for a convolution, as its B is 1x1
+            layer.weight += (layer.lora_scale * delta).to(layer.weight.dtype)
+            del layer.lora_A, layer.lora_B, layer.lora_dropout
+            layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(model: nn.Module, path: Path, adapter: Adapter) -> None:
+    """Writes the adapter as `path`, or as the usual name in `path` where that is a folder. diffusers loads the file with
+    load_lora_weights(); our settings stand beside PEFT's in its metadata."""
+    file = path if path.suffix == ".safetensors" else path / FILES[0]
+    modules = sorted({key.split(".lora_")[0] for key in lora_state_dict(model)})
+    settings = {f"{PREFIX}r": adapter.rank, f"{PREFIX}lora_alpha": adapter.alpha, f"{PREFIX}lora_dropout": adapter.dropout,
+                f"{PREFIX}target_modules": modules, f"{PREFIX}bias": "none", f"{PREFIX}peft_type": "LORA"}
+    settings |= {OURS + key: value for key, value in asdict(adapter).items() if key not in ("rank", "alpha", "dropout")}
+    tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in lora_state_dict(model).items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replace_when_whole(file) as part:
+        save_file(tensors, part, metadata={"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)})
+
+
+def find_adapter(path: str) -> Path:
+    """The safetensors file that `path`, a file or a folder, means. Pickled files beside it are never read."""
+    given = Path(path).expanduser()
+    if given.is_file() and given.suffix == ".safetensors":
+        return given
+    for name in FILES:
+        if (given / name).is_file():
+            return given / name
+    raise BadInput(f"No adapter at {path}: give a .safetensors file, or a folder with {' or '.join(FILES)}.")
+
+
+def read_adapter(file: Path) -> Adapter:
+    """An adapter's settings, from the file's header alone."""
+    ranks = {key: entry.shape[0] for key, entry in read_header(file).items() if key.endswith(".lora_A.weight")}
+    if not ranks:
+        raise BadInput(f"{file} holds no LoRA: no key ends in .lora_A.weight.")
+    rank = next(iter(ranks.values()))
+    odd = [key for key in ranks if ranks[key] != rank]
+    if odd:
+        raise BadInput(f"{file} mixes ranks ({some(odd)} are not of rank {rank}); one rank for all layers is supported.")
+    with safe_open(file, "pt") as tensors:
+        raw = (tensors.metadata() or {}).get(METADATA)
+    try:
+        settings = json.loads(raw) if raw else {}
+    except ValueError as error:
+        raise BadInput(f"The {METADATA} in {file} is not JSON ({error}).") from error
+    for name in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
+        if settings.get(PREFIX + name):
+            raise BadInput(f"{file} was made with PEFT's {name}, which this code does not know.")
+    known = dict(RELEASED)
+    if f"{PREFIX}lora_alpha" in settings:
+        known["alpha"] = float(settings[f"{PREFIX}lora_alpha"])
+    names = {field.name for field in fields(Adapter)}
+    known |= {key[len(OURS):]: value for key, value in settings.items() if key.startswith(OURS) and key[len(OURS):] in names}
+    return Adapter(**{**known, "rank": rank, "dropout": float(settings.get(f"{PREFIX}lora_dropout", 0.1))})
+
+
+def check_adapter(model: nn.Module, file: Path) -> list[str]:
+    """Compares the file with the layers of `model` (on any device, also meta); returns the names of adapted modules."""
+    entries, modules = read_header(file), dict(model.named_modules())
+    adapted = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in entries})
+    foreign = [name for name in adapted if not isinstance(modules.get(name), (nn.Linear, nn.Conv2d))]
+    foreign += [key for key in entries if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+    if foreign:
+        raise BadInput(f"The adapter {file} is for another base: this one has no {some(foreign)}.")
+    for name in adapted:
+        shape = tuple(modules[name].weight.shape)  # [out, in] or [out, in, k, k]
+        for letter, dim, kernel in (("A", 1, shape[2:]), ("B", 0, (1,) * len(shape[2:]))):
+            entry = entries.get(f"{PREFIX}{name}.lora_{letter}.weight")
+            if entry is None:
+                raise BadInput(f"The adapter {file} has no lora_{letter} for {name}; the file is not whole.")
+            if entry.shape[dim] != shape[dim] or entry.shape[2:] != kernel:
+                raise BadInput(f"The adapter {file} is for another base: {name}.lora_{letter} has shape "
+                               f"{list(entry.shape)}, but the layer's weight has {list(shape)}.")
+    return adapted
+
+
+def load_adapter(model: nn.Module, file: Path) -> Adapter:
+    """Injects the adapter in `file` into `model`, and returns its settings. Who passes which LoRA is the model's to set:
+    see model.Transformer.use_adapter()."""
+    adapter, names = read_adapter(file), check_adapter(model, file)
+    inject(model, adapter.rank, adapter.alpha, adapter.dropout, tuple(names))
+    with safe_open(file, "pt") as tensors:
+        state = {key.removeprefix(PREFIX): tensors.get_tensor(key) for key in tensors.keys()}
+    model.load_state_dict(state, strict=False)
+    return adapter

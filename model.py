@@ -1,0 +1,416 @@
+"""CogVideoX's MM-DiT with both kinds of subject conditioning, loading the official safetensors.
+
+One sequence, full attention (SUGAR Figure 2, Switch Figure 2):
+
+    DINO | CLIP | text | reference | video        Switch uses the reference, SUGAR the DINO and CLIP tokens, CogVideoX neither
+
+Two experts, that is two sets of adaptive-norm parameters: DINO, CLIP and text tokens pass the text's, reference and video
+tokens the video's. All other weights are shared by all tokens. Names of modules are those of the official checkpoints.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+from attention import apply_rotary, attention, rotary_3d, selective_blocks
+from checkpoint import BadInput
+from lora import Adapter, load_adapter, on_tokens, without_lora
+
+SUGAR_PARTS = ("dino_proj.", "clip_proj.", "null_dino", "null_clip")  # what SUGAR adds to a CogVideoX checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    """The official config.json (the defaults are the 2b's), and after it what SUGAR adds."""
+
+    num_attention_heads: int = 30
+    attention_head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    time_embed_dim: int = 512
+    ofs_embed_dim: int | None = None
+    text_embed_dim: int = 4096
+    num_layers: int = 30
+    attention_bias: bool = True
+    sample_width: int = 90  # in latents
+    sample_height: int = 60
+    sample_frames: int = 49  # in pixel frames
+    patch_size: int = 2
+    patch_size_t: int | None = None
+    temporal_compression_ratio: int = 4
+    max_text_seq_length: int = 226
+    norm_eps: float = 1e-5
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False
+    patch_bias: bool = True
+    # SUGAR: widths of the DINO and CLIP tokens (None: no SUGAR), their numbers, and the attention design.
+    dino_dim: int | None = None
+    clip_dim: int | None = None
+    dino_tokens: int = 257
+    clip_tokens: int = 257
+    design: str = "b"
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch_t(self) -> int:
+        """Latent frames in a patch: 1, or 2 in CogVideoX 1.5."""
+        return self.patch_size_t or 1
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the model takes the first frame's latents beside the noisy ones, as extra channels."""
+        return self.in_channels == 2 * self.out_channels
+
+    @property
+    def sugar(self) -> bool:
+        return self.dino_dim is not None
+
+
+# What every official config says; another value would need code that is not here.
+FIXED = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0,
+         "norm_elementwise_affine": True, "dropout": 0.0}
+
+
+class PatchEmbed(nn.Module):
+    """Latents to video tokens, text features to text tokens; learned or sinusoidal positions where there is no rotary."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, p = config, config.patch_size
+        if config.patch_size_t is None:
+            self.proj = nn.Conv2d(config.in_channels, config.dim, p, stride=p, bias=config.patch_bias)
+        else:  # patch_bias is off in 1.5's config, yet the official weights have this bias
+            self.proj = nn.Linear(config.in_channels * p * p * config.patch_size_t, config.dim)
+        self.text_proj = nn.Linear(config.text_embed_dim, config.dim)
+        if config.use_learned_positional_embeddings:
+            tokens = math.prod(patch_grid(config, (config.sample_frames - 1) // config.temporal_compression_ratio + 1,
+                                          config.sample_height, config.sample_width))
+            self.register_buffer("pos_embedding", torch.zeros(1, config.max_text_seq_length + tokens, config.dim))
+
+    def patches(self, x: Tensor, lora: bool = True) -> Tensor:
+        """x [B, T, C, H, W] -> tokens [B, T/patch_t * H/2 * W/2, dim]. lora: whether a LoRA on the projection acts."""
+        config, p = self.config, self.config.patch_size
+        proj = self.proj if lora else lambda patch: without_lora(self.proj, patch)
+        if config.patch_size_t is None:
+            return proj(x.flatten(0, 1)).flatten(2).transpose(1, 2).reshape(x.shape[0], -1, config.dim)
+        B, T, C, H, W = x.shape
+        x = x.reshape(B, T // config.patch_t, config.patch_t, C, H // p, p, W // p, p)
+        return proj(x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4, 7).flatten(1, 3))  # features: C, patch_t, p, p
+
+    def positions(self, frames: int, height: int, width: int, like: Tensor) -> Tensor | None:
+        """What is added to the video tokens of [frames, height, width] latents, [1, tokens, dim], or None."""
+        config = self.config
+        if config.use_rotary_positional_embeddings and not config.use_learned_positional_embeddings:
+            return None
+        if not config.use_learned_positional_embeddings:
+            return sincos_3d(*patch_grid(config, frames, height, width), config.dim, config.spatial_interpolation_scale,
+                             config.temporal_interpolation_scale).to(like)[None]
+        wanted = ((config.sample_frames - 1) // config.temporal_compression_ratio + 1, config.sample_height,
+                  config.sample_width)
+        if (frames, height, width) != wanted:
+            raise ValueError(f"This model's positions are learned for latents of {wanted}, not {(frames, height, width)}.")
+        return self.pos_embedding[:, config.max_text_seq_length :].to(like)
+
+
+class TimestepEmbedding(nn.Module):
+    def __init__(self, in_features: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t [B] -> [B, dim], through cosines and sines of in_features / 2 frequencies from 1 down to 1/10000."""
+        half = self.linear_1.in_features // 2
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angle = t[:, None].float() * frequency
+        features = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(features)))
+
+
+class AdaLayerNormZero(nn.Module):
+    """The expert adaptive norm: shift, scale and gate from the timestep, one triple for the video, one for the text.
+
+    The reference takes the video's triple. With norm_lora = "reference" only the reference's triple comes from the adapted
+    linear layer, the others from the base's (Switch 3.3); with "all" everybody passes the adapted one.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm_lora = "reference"
+        self.linear = nn.Linear(config.time_embed_dim, 6 * config.dim)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+
+    def forward(self, text: Tensor, reference: Tensor, video: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """-> normed [text; reference; video] [B, L, dim], and the gate [B, 1, dim] of each."""
+        emb = F.silu(emb)
+        adapted = self.linear(emb)
+        base = adapted if self.norm_lora == "all" else without_lora(self.linear, emb)
+        video_triple, text_triple = base.unsqueeze(1).chunk(6, dim=-1)[:3], base.unsqueeze(1).chunk(6, dim=-1)[3:]
+        reference_triple = adapted.unsqueeze(1).chunk(6, dim=-1)[:3]
+        streams = ((text, text_triple), (reference, reference_triple), (video, video_triple))
+        x = torch.cat([self.norm(x) * (1 + scale) + shift for x, (shift, scale, _) in streams], dim=1)
+        return x, [gate for _, (_, _, gate) in streams]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(config.dim, config.dim, bias=config.attention_bias) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.LayerNorm(config.attention_head_dim, eps=1e-6) for _ in range(2))
+        self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
+
+    def forward(self, x: Tensor, rotary, blocks, lora: slice | None) -> Tensor:
+        """x [B, L, dim]; rotary turns the last tokens of the sequence, as many as it has angles for."""
+        q, k, v = (on_tokens(to, x, lora).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, d]
+                   for to in (self.to_q, self.to_k, self.to_v))
+        q, k = self.norm_q(q), self.norm_k(k)
+        if rotary is not None:
+            still = x.shape[1] - rotary[0].shape[0]
+            q, k = (torch.cat([y[:, :, :still], apply_rotary(y[:, :, still:], *rotary)], dim=2) for y in (q, k))
+        return on_tokens(self.to_out[0], attention(q, k, v, blocks).transpose(1, 2).flatten(2), lora)
+
+
+class GELU(nn.Module):
+    def __init__(self, dim: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, inner)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        inner = 4 * config.dim
+        self.net = nn.ModuleList([GELU(config.dim, inner), nn.Identity(), nn.Linear(inner, config.dim)])
+
+    def forward(self, x: Tensor, lora: slice | None) -> Tensor:
+        return on_tokens(self.net[2], F.gelu(on_tokens(self.net[0].proj, x, lora), approximate="tanh"), lora)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.norm1 = AdaLayerNormZero(config)
+        self.attn1 = Attention(config)
+        self.norm2 = AdaLayerNormZero(config)
+        self.ff = FeedForward(config)
+
+    def forward(self, text: Tensor, reference: Tensor, video: Tensor, emb: Tensor, rotary, blocks, lora: slice | None):
+        """text, reference, video: [B, L_i, dim], the reference of any length from 0. Returns the three, updated.
+
+        lora: the tokens of [text; reference; video] on which adapted attention and feed-forward layers act; None is all.
+        """
+        lengths = [text.shape[1], reference.shape[1], video.shape[1]]
+        for norm, layer in ((self.norm1, lambda x: self.attn1(x, rotary, blocks, lora)),
+                            (self.norm2, lambda x: self.ff(x, lora))):
+            x, gates = norm(text, reference, video, emb)
+            updates = layer(x).split(lengths, dim=1)
+            text, reference, video = (
+                y + gate * update for y, gate, update in zip((text, reference, video), gates, updates))
+        return text, reference, video
+
+
+class NormOut(nn.Module):
+    """The last adaptive norm, video tokens only."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.linear = nn.Linear(config.time_embed_dim, 2 * config.dim)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        shift, scale = self.linear(F.silu(emb)).unsqueeze(1).chunk(2, dim=-1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.lora_tokens = "all"  # on whom adapted layers other than the norms act; see use_adapter()
+        self.patch_embed = PatchEmbed(config)
+        self.time_embedding = TimestepEmbedding(config.dim, config.time_embed_dim)
+        if config.ofs_embed_dim:
+            self.ofs_embedding = TimestepEmbedding(config.ofs_embed_dim, config.ofs_embed_dim)
+        if config.sugar:
+            self.dino_proj = nn.Linear(config.dino_dim, config.dim)
+            self.clip_proj = nn.Linear(config.clip_dim, config.dim)
+            self.null_dino = nn.Parameter(torch.zeros(config.dino_dim))  # the papers' empty set with index D
+            self.null_clip = nn.Parameter(torch.zeros(config.clip_dim))
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm_final = nn.LayerNorm(config.dim, config.norm_eps)
+        self.norm_out = NormOut(config)
+        self.proj_out = nn.Linear(config.dim, config.patch_size**2 * config.patch_t * config.out_channels)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, reference: Tensor | None = None, dino: Tensor | None = None,
+                clip: Tensor | None = None, keep_dino: Tensor | None = None, keep_clip: Tensor | None = None) -> Tensor:
+        """Predicts v, [B, T, 16, H/8, W/8].
+
+        x          [B, T, C, H/8, W/8] noisy latents; T a multiple of patch_t. An image-to-video model takes the first
+                   frame's latents in channels 16..31.
+        t          [B] timesteps, 0..999
+        text       [B, M, text_embed_dim] T5 features
+        reference  [B, 16, H/8, W/8] latents of the subject's image (Switch)
+        dino, clip [B, N, D] tokens of the identity image (SUGAR); None is null for the whole batch
+        keep_dino, keep_clip  [B] bool: False puts the null embedding in that sample's place
+        """
+        config = self.config
+        B, T, _, H, W = x.shape
+        emb = self.time_embedding(t)
+        if config.ofs_embed_dim:
+            emb = emb + self.ofs_embedding(torch.full((1,), 2.0, device=x.device))  # 2: the only value 1.5-I2V was given
+
+        only_reference = self.lora_tokens == "reference"
+        text = on_tokens(self.patch_embed.text_proj, text, slice(0, 0) if only_reference else None)
+        video = self.patch_embed.patches(x, lora=not only_reference)
+        positions = self.patch_embed.positions(T, H, W, like=video)
+        if positions is not None:
+            video = video + positions
+        reference = video[:, :0] if reference is None else self.patch_embed.patches(reference[:, None])
+
+        blocks, images = None, 0
+        if config.sugar:
+            image = torch.cat([self.image_tokens(dino, keep_dino, self.dino_proj, self.null_dino, config.dino_tokens, B),
+                               self.image_tokens(clip, keep_clip, self.clip_proj, self.null_clip, config.clip_tokens, B)],
+                              dim=1)
+            images, first = image.shape[1], math.prod(patch_grid(config, config.patch_t, H, W))
+            blocks = selective_blocks(config.design, (images, text.shape[1], first, video.shape[1] - first))
+            text = torch.cat([image, text], dim=1)
+
+        rotary = None
+        if config.use_rotary_positional_embeddings:
+            rotary = self.rotary(T, H, W, reference.shape[1] > 0, x.device)
+        lora = slice(text.shape[1], text.shape[1] + reference.shape[1]) if only_reference else None
+        for block in self.transformer_blocks:
+            text, reference, video = block(text, reference, video, emb, rotary, blocks, lora)
+        return self.unpatchify(self.proj_out(self.norm_out(self.norm_final(video), emb)), T, H, W)
+
+    def image_tokens(self, features: Tensor | None, keep: Tensor | None, proj: nn.Linear, null: Tensor, count: int,
+                     batch: int) -> Tensor:
+        """Projected DINO or CLIP tokens [B, N, dim], the null embedding broadcast where there are none to keep."""
+        if features is None:
+            return proj(null.expand(batch, count, -1))
+        if keep is not None:
+            features = torch.where(keep[:, None, None], features, null.to(features.dtype))
+        return proj(features)
+
+    def rotary(self, T: int, H: int, W: int, with_reference: bool, device) -> tuple[Tensor, Tensor]:
+        """Angles of [reference; video]: the reference is frame 0 and the video frames 1..T; alone, the video is 0..T-1."""
+        config, p = self.config, self.config.patch_size
+        frames, height, width = patch_grid(config, T, H, W)
+        base = (config.sample_height // p, config.sample_width // p) if config.patch_size_t is None else None
+        return rotary_on(frames + with_reference, height, width, config.attention_head_dim, base, str(device))
+
+    def unpatchify(self, x: Tensor, T: int, H: int, W: int) -> Tensor:
+        """Tokens [B, L, patch features] -> [B, T, 16, H, W]."""
+        config, p = self.config, self.config.patch_size
+        x = x.unflatten(1, patch_grid(config, T, H, W)).unflatten(-1, (config.out_channels, config.patch_t, p, p))
+        return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
+
+    def use_adapter(self, file: Path) -> Adapter:
+        """Loads a Switch adapter and sets which tokens pass which of its layers."""
+        adapter = load_adapter(self, file)
+        self.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
+        return adapter
+
+    def set_lora_tokens(self, norm_lora: str, lora_tokens: str) -> None:
+        """Who passes the adapted norms, and who the other adapted layers: "all" or "reference" tokens."""
+        self.lora_tokens = lora_tokens
+        for module in self.modules():
+            if isinstance(module, AdaLayerNormZero):
+                module.norm_lora = norm_lora
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def patch_grid(config: Config, T: int, H: int, W: int) -> tuple[int, int, int]:
+    """Patches in time, height and width of [T, H, W] latents."""
+    return T // config.patch_t, H // config.patch_size, W // config.patch_size
+
+
+@lru_cache(maxsize=8)
+def rotary_on(frames: int, height: int, width: int, dim: int, base: tuple[int, int] | None, device: str):
+    return tuple(angle.to(device) for angle in rotary_3d(frames, height, width, dim, base))
+
+
+@lru_cache(maxsize=8)
+def sincos_3d(frames: int, height: int, width: int, dim: int, spatial_scale: float, temporal_scale: float) -> Tensor:
+    """The 2b's positions, [frames * height * width, dim]: a quarter for time, then three eighths each for width, height."""
+    axes = []
+    for length, part, scale in ((frames, dim // 4, temporal_scale), (width, dim // 8 * 3, spatial_scale),
+                                (height, dim // 8 * 3, spatial_scale)):
+        frequency = 1.0 / 10000 ** (torch.arange(part // 2, dtype=torch.float64) / (part // 2))
+        angle = torch.outer(torch.arange(length) / scale, frequency.double())
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
+    t, w, h = axes
+    grid = (frames, height, width)
+    return torch.cat([t[:, None, None].expand(*grid, -1), w[None, None].expand(*grid, -1),
+                      h[None, :, None].expand(*grid, -1)], dim=-1).flatten(0, 2).float()
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> Config:
+    """The config.json in a transformer's folder, as a Config."""
+    raw = checkpoint.read_json(folder / "config.json")
+    name = raw.get("_class_name", "CogVideoXTransformer3DModel")
+    if name != "CogVideoXTransformer3DModel":
+        raise BadInput(f"{folder} holds a {name}, not a CogVideoX transformer.")
+    for key, value in FIXED.items():
+        if raw.get(key, value) != value:
+            raise BadInput(f"{folder / 'config.json'} has {key} = {raw[key]!r}; this code knows only {value!r}.")
+    try:
+        return Config(**{field.name: raw[field.name] for field in fields(Config) if field.name in raw})
+    except TypeError as error:
+        raise BadInput(f"{folder / 'config.json'} is no config of a CogVideoX transformer ({error}).") from error
+
+
+def load_transformer(folder: Path, device="cpu", dtype=torch.float32, **sugar) -> Transformer:
+    """The transformer in `folder`. With SUGAR's fields of Config as `sugar` (dino_dim=1024, clip_dim=1024, design="b")
+    a plain CogVideoX becomes a SUGAR model: its weights are loaded, only the projections of the image are drawn anew.
+    """
+    config = read_config(folder)
+    new = SUGAR_PARTS if sugar and not config.sugar else ()
+    config = Config(**{**asdict(config), **sugar})
+    with torch.device("meta"):
+        model = Transformer(config)
+    checkpoint.load(model, folder, device, dtype, new)
+    if new:
+        init_sugar(model, device, dtype)
+    return model
+
+
+@torch.no_grad()
+def init_sugar(model: Transformer, device, dtype) -> None:
+    """Draws what a plain CogVideoX lacks: projections scaled to keep the tokens' size, null embeddings near zero."""
+    config = model.config
+    for proj in (model.dino_proj, model.clip_proj):
+        proj.to_empty(device=device).to(dtype)
+        nn.init.normal_(proj.weight, std=proj.in_features**-0.5)
+        nn.init.zeros_(proj.bias)
+    for name, width in (("null_dino", config.dino_dim), ("null_clip", config.clip_dim)):
+        setattr(model, name, nn.Parameter(0.02 * torch.randn(width, device=device, dtype=dtype)))
+
+
+def save_transformer(model: Transformer, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes config.json and safetensors in the official layout; load_transformer() reads them back, SUGAR's included.
+    diffusers reads a plain model, and of a SUGAR model the CogVideoX inside it."""
+    config = {"_class_name": "CogVideoXTransformer3DModel", **FIXED, **asdict(model.config)}
+    if not model.config.sugar:
+        config = {key: value for key, value in config.items() if key not in
+                  ("dino_dim", "clip_dim", "dino_tokens", "clip_tokens", "design")}
+    tensors = {key: value.to(dtype or value.dtype) for key, value in model.state_dict().items() if ".lora_" not in key}
+    checkpoint.save(folder, config, tensors)
