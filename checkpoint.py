@@ -66,6 +66,26 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def part(model: Path, name: str) -> Path | None:
+    """The folder of one network ("vae", "transformer", ...) of a model, or None. A fine-tuned model need not repeat what
+    it did not change: parts that its folder lacks come from the base that its model_index.json names, a folder relative
+    to its own or a hub id."""
+    if (model / name).is_dir():
+        return model / name
+    base = read_json(model / "model_index.json").get("base") if (model / "model_index.json").exists() else None
+    if base is None:
+        return None
+    return part(model / base if (model / base).is_dir() else resolve(base), name)
+
+
+def need(model: Path, name: str) -> Path:
+    """part(), where the model cannot do without."""
+    folder = part(model, name)
+    if folder is None:
+        raise BadInput(f"{model} has no folder {name}: it is not a whole CogVideoX checkpoint in the diffusers layout.")
+    return folder
+
+
 def read_header(file: Path) -> dict[str, Entry]:
     """Names, shapes and types of the tensors in one safetensors file, without reading the tensors."""
     if not file.is_file():

@@ -1,0 +1,125 @@
+"""Images and videos as files: reading whatever photograph a person brings, cutting out, fitting, writing videos."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from checkpoint import BadInput, replace_when_whole
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image at `path`, upright, as 8-bit RGB, or RGBA where it has transparency."""
+    try:
+        with Image.open(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no image {path}.") from error
+    except UnidentifiedImageError as error:
+        empty = Path(path).stat().st_size == 0
+        raise BadInput(f"{path} is empty." if empty else f"{path} is not an image that can be read.") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's words for damage
+        raise BadInput(f"The image {path} cannot be read: {error}.") from error
+    if 0 in image.size:
+        raise BadInput(f"The image {path} has no pixels: its size is {image.width}x{image.height}.")
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits or more to a pixel: convert() would clip, not scale
+        values = np.asarray(image, dtype=np.float64)
+        values = values / 257 if values.max() > 255 else values
+        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    return image.convert("RGBA" if transparent else "RGB")
+
+
+def alpha_mask(image: Image.Image) -> Image.Image | None:
+    """The alpha channel [H, W], where it says something: some of the image is transparent."""
+    if image.mode != "RGBA":
+        return None
+    alpha = image.getchannel("A")
+    return alpha if alpha.getextrema()[0] < 255 else None
+
+
+def open_mask(path: str | Path, image: Image.Image) -> Image.Image:
+    """A mask for `image` from a file: white, or opaque, is the subject."""
+    picture = open_image(path)
+    alpha = alpha_mask(picture)
+    mask = alpha if alpha is not None else picture.convert("L")
+    if mask.size != image.size:
+        raise BadInput(f"The mask {path} is {mask.width}x{mask.height}, the image {image.width}x{image.height}; they must "
+                       f"have one size.")
+    return mask
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB, with what is transparent in white."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def cut_out(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """The subject on white, cropped to its bounding box: SUGAR's identity image z. mask: 8 bits, 255 is the subject."""
+    box = mask.point(lambda value: 255 * (value > 127)).getbbox()
+    if box is None:
+        raise BadInput("The mask of the subject is empty: nothing would be left of the image.")
+    white = Image.new("RGB", image.size, "white")
+    return Image.composite(image.convert("RGB"), white, mask).crop(box)
+
+
+def fit(image: Image.Image, height: int, width: int, how: str) -> Image.Image:
+    """The image at exactly height x width, its proportions kept: "crop" fills the frame and cuts the overhang, "pad"
+    shows everything, on white."""
+    image = on_white(image)
+    if how == "crop":
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
+
+
+def image_to_tensor(image: Image.Image) -> Tensor:
+    """[3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(on_white(image))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def video_to_frames(video: Tensor) -> np.ndarray:
+    """uint8 frames [F, H, W, 3] from a video [3, F, H, W] in [-1, 1]."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+
+
+def check_writable(path: Path) -> None:
+    """Raises where a file could not be written at `path`, without writing anything."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder, a file was expected.")
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"{path} cannot be written: {folder} is not a folder that you may write to.")
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    with replace_when_whole(path) as part:
+        image.save(part)
+
+
+def save_video(frames: np.ndarray, path: Path, fps: float, metadata: dict) -> None:
+    """Writes uint8 frames [F, H, W, 3] as .mp4 or .gif. `metadata` travels in the file, as JSON in its comment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    comment = json.dumps(metadata, ensure_ascii=False)
+    with replace_when_whole(path) as part:
+        if path.suffix == ".gif":
+            first, *rest = (Image.fromarray(frame) for frame in frames)
+            first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, comment=comment.encode())
+        else:
+            import imageio.v2 as imageio
+
+            options = ["-crf", "16", "-metadata", f"comment={comment}"]
+            with imageio.get_writer(part, format="FFMPEG", fps=fps, codec="libx264", quality=None, macro_block_size=1,
+                                    output_params=options) as writer:
+                for frame in frames:
+                    writer.append_data(frame)
