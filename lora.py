@@ -49,6 +49,7 @@ class LoRA:
     def add_lora(self, rank: int, alpha: float, dropout: float, lora_A: nn.Module, lora_B: nn.Module) -> None:
         self.lora_A, self.lora_B, self.lora_dropout = lora_A, lora_B, nn.Dropout(dropout)
         self.lora_scale = alpha / rank
+        self.lora_dropout.train(self.training)  # an adapter that joins a model in eval mode must not drop anything
         if not self.weight.is_meta:
             nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
             nn.init.zeros_(lora_B.weight)  # so that training starts at the base model
@@ -142,9 +143,10 @@ def save_adapter(model: nn.Module, path: Path, adapter: Adapter) -> None:
     load_lora_weights(); our settings stand beside PEFT's in its metadata."""
     file = path if path.suffix == ".safetensors" else path / FILES[0]
     modules = sorted({key.split(".lora_")[0] for key in lora_state_dict(model)})
-    settings = {f"{PREFIX}r": adapter.rank, f"{PREFIX}lora_alpha": adapter.alpha, f"{PREFIX}lora_dropout": adapter.dropout,
-                f"{PREFIX}target_modules": modules, f"{PREFIX}bias": "none", f"{PREFIX}peft_type": "LORA"}
-    settings |= {OURS + key: value for key, value in asdict(adapter).items() if key not in ("rank", "alpha", "dropout")}
+    # PEFT's lora_dropout is left out: diffusers would not switch it off when it samples with our file.
+    settings = {f"{PREFIX}r": adapter.rank, f"{PREFIX}lora_alpha": adapter.alpha, f"{PREFIX}target_modules": modules,
+                f"{PREFIX}bias": "none", f"{PREFIX}peft_type": "LORA"}
+    settings |= {OURS + key: value for key, value in asdict(adapter).items() if key not in ("rank", "alpha")}
     tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in lora_state_dict(model).items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_when_whole(file) as part:
@@ -181,11 +183,11 @@ def read_adapter(file: Path) -> Adapter:
         if settings.get(PREFIX + name):
             raise BadInput(f"{file} was made with PEFT's {name}, which this code does not know.")
     known = dict(RELEASED)
-    if f"{PREFIX}lora_alpha" in settings:
-        known["alpha"] = float(settings[f"{PREFIX}lora_alpha"])
+    known |= {name: float(settings[PREFIX + key]) for name, key in (("alpha", "lora_alpha"), ("dropout", "lora_dropout"))
+              if PREFIX + key in settings}
     names = {field.name for field in fields(Adapter)}
     known |= {key[len(OURS):]: value for key, value in settings.items() if key.startswith(OURS) and key[len(OURS):] in names}
-    return Adapter(**{**known, "rank": rank, "dropout": float(settings.get(f"{PREFIX}lora_dropout", 0.1))})
+    return Adapter(**{**known, "rank": rank})
 
 
 def check_adapter(model: nn.Module, file: Path) -> list[str]:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -131,6 +131,12 @@ def padding(model: Transformer, latent_frames: int) -> int:
     return -latent_frames % model.config.patch_t
 
 
+def noise_source(seed: int) -> Callable[..., Tensor]:
+    """A function of a shape that draws normal noise; from the CPU's generator, so that the device does not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
 class Sampler:
     """A checkpoint: what is in it, whether it is whole, and its networks, brought to the device one at a time."""
 
@@ -202,9 +208,16 @@ class Sampler:
         mean, std = vae.encode(pixels)
         return vae.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
 
-    @torch.no_grad()
     def run(self, requests: list[Request], settings: Settings, tile: bool = False, rank: int = 0) -> None:
-        """Makes and writes the videos. Text encoder, image encoders, transformer and VAE never share the GPU."""
+        """Makes and writes the videos."""
+        for request, video in self.videos(requests, settings, tile, rank):
+            self.write(request, settings, media.video_to_frames(video))
+
+    @torch.no_grad()
+    def videos(self, requests: list[Request], settings: Settings, tile: bool = False,
+               rank: int = 0) -> Iterator[tuple[Request, Tensor]]:
+        """Makes the videos, each [3, F, H, W] in [-1, 1]. The networks take turns on the device: text encoder, image
+        encoders, then for each video VAE, transformer, VAE."""
         texts = self.encode_text([p for request in requests for p in (request.prompt, request.negative_prompt)])
         pictured = [request for request in requests if request.reference is not None]
         identity = self.encode_identity(pictured) if self.kind == "sugar" and pictured else {}
@@ -215,17 +228,17 @@ class Sampler:
             transformer.use_adapter(self.adapter_file)
         transformer.requires_grad_(False)
         T, h, w = (settings.frames - 1) // 4 + 1, settings.height // 8, settings.width // 8
-        pad = padding(transformer, T)
+        pad, channels = padding(transformer, T), self.config.out_channels
+        to = lambda y: y.to(self.device, self.dtype)
         for number, request in enumerate(requests, 1):
-            generator = torch.Generator().manual_seed(request.seed)  # on the CPU, so that the device does not matter
-            draw = lambda *shape: torch.randn(shape, generator=generator)
-            x = draw(1, T + pad, self.config.out_channels, h, w).to(self.device)
-            to = lambda y: None if y is None else y.to(self.device, self.dtype)
+            draw = noise_source(request.seed)
+            x = draw(1, T + pad, channels, h, w).to(self.device)
             given = Conditions(to(texts[request.prompt]), to(texts[request.negative_prompt]))
-            given.dino, given.clip = map(to, identity.get(id(request), (None, None)))
+            if id(request) in identity:
+                given.dino, given.clip = map(to, identity[id(request)])
             if request.reference is not None and self.kind in ("switch", "i2v"):
                 with self.on_device(vae):
-                    latents = self.encode_image(vae, request.reference, draw(1, self.config.out_channels, 1, h, w))
+                    latents = self.encode_image(vae, request.reference, draw(1, channels, 1, h, w))
                 given = replace(given, **{"reference" if self.kind == "switch" else "first": latents})
             title = f"{number}/{len(requests)} {request.out.name}"
             progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True)
@@ -233,9 +246,8 @@ class Sampler:
                 latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
                                          lambda: draw(*x.shape).to(self.device), progress)
             with self.on_device(vae):
-                latents = latents[:, pad:].transpose(1, 2).to(self.device, self.dtype)
-                video = vae.decode(vae.unscale(latents))[0]
-            self.write(request, settings, media.video_to_frames(video))
+                video = vae.decode(vae.unscale(to(latents[:, pad:].transpose(1, 2))))[0]
+            yield request, video
 
     def write(self, request: Request, settings: Settings, frames) -> None:
         """The video, and beside it what the model saw of the image. The video comes last: it says that all is there."""

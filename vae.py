@@ -209,8 +209,8 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.shrink = 2 ** (len(config.block_out_channels) - 1)  # 8: pixels to a latent, in height and in width
         self.tiled = False  # see in_tiles()
-        self.tile = [config.sample_height // 2, config.sample_width // 2]  # in pixels
-        self.latent_tile = [side // self.shrink for side in self.tile]
+        self.latent_tile = [size // 2 // self.shrink for size in (config.sample_height, config.sample_width)]
+        self.tile = [side * self.shrink for side in self.latent_tile]  # in pixels
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior of video [B, 3, F, H, W] in [-1, 1], F = 1 or 8k+1: mean and deviation, each
@@ -245,14 +245,16 @@ class VAE(nn.Module):
         """
         if not self.tiled or (x.shape[-2] <= sides_in[0] and x.shape[-1] <= sides_in[1]):
             return in_chunks(x, network, chunk)
-        overlaps = (1 / 6, 1 / 5)
-        steps = [int(side * (1 - overlap)) for side, overlap in zip(sides_in, overlaps)]
-        blends = [int(side * overlap) for side, overlap in zip(sides_out, overlaps)]
-        keep_height, keep_width = (side - blend for side, blend in zip(sides_out, blends))
+        steps_in, steps_out, blends = [], [], []
+        for side, size_in, size_out, overlap in zip(self.latent_tile, sides_in, sides_out, (1 / 6, 1 / 5)):
+            step = max(int(side * (1 - overlap)), 1)  # in latents, so that tiles meet at whole latents
+            steps_in.append(step * size_in // side)
+            steps_out.append(step * size_out // side)
+            blends.append(size_out - steps_out[-1])
         rows, above = [], None
-        for top in range(0, x.shape[-2], steps[0]):
+        for top in range(0, x.shape[-2], steps_in[0]):
             row, left = [], None
-            for i, start in enumerate(range(0, x.shape[-1], steps[1])):
+            for i, start in enumerate(range(0, x.shape[-1], steps_in[1])):
                 tile = x[..., top : top + sides_in[0], start : start + sides_in[1]]
                 tile = in_chunks(tile, network, chunk)
                 if above is not None:
@@ -260,7 +262,7 @@ class VAE(nn.Module):
                 if left is not None:
                     tile = blend(left, tile, blends[1], dim=-1)
                 row.append(left := tile)
-            rows.append(torch.cat([tile[..., :keep_height, :keep_width] for tile in row], dim=-1))
+            rows.append(torch.cat([tile[..., : steps_out[0], : steps_out[1]] for tile in row], dim=-1))
             above = row
         return torch.cat(rows, dim=-2)
 

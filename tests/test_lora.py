@@ -1,0 +1,205 @@
+"""LoRA beside PEFT on the same weights, and files that diffusers and we read from each other."""
+
+import json
+
+import pytest
+import torch
+from conftest import VARIANTS, randomize, relative_error
+from diffusers import CogVideoXTransformer3DModel
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_model import their_forward
+
+from checkpoint import BadInput
+from lora import (METADATA, RELEASED, SWITCH_TARGETS, Adapter, check_adapter, find_adapter, inject, load_adapter,
+                  lora_state_dict, merge, read_adapter, save_adapter)
+from model import Config, Transformer
+
+# The list in Switch's public code, which PEFT matches against the ends of names.
+PEFT_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
+
+
+@pytest.fixture
+def pair():
+    """Our 5b and diffusers', one set of weights; diffusers' has a PEFT adapter with random B."""
+    theirs = randomize(CogVideoXTransformer3DModel(**VARIANTS["5b"]).eval())
+    ours = Transformer(Config(**VARIANTS["5b"])).eval()
+    ours.load_state_dict(theirs.state_dict())
+    theirs.add_adapter(LoraConfig(r=4, lora_alpha=6.0, lora_dropout=0.1, target_modules=PEFT_TARGETS))
+    for key, parameter in theirs.named_parameters():
+        if ".lora_B." in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return ours, theirs.eval()  # PEFT leaves a new adapter's dropout on
+
+
+def given():
+    return dict(x=torch.randn(2, 3, 16, 8, 8), t=torch.randint(0, 1000, (2,)), text=torch.randn(2, 10, 32))
+
+
+def test_the_same_layers_get_the_same_shapes_as_in_peft(pair):
+    ours, theirs = pair
+    inject(ours, rank=4, alpha=6.0)
+    expected = get_peft_model_state_dict(theirs)
+    assert {k: v.shape for k, v in lora_state_dict(ours).items()} == {k: v.shape for k, v in expected.items()}
+    assert "patch_embed.proj.lora_A.weight" in expected  # the convolution
+
+
+@torch.no_grad()
+def test_forward_beside_peft(pair):
+    ours, theirs = pair
+    inject(ours, rank=4, alpha=6.0)
+    ours.load_state_dict(get_peft_model_state_dict(theirs), strict=False)
+    ours.eval().set_lora_tokens("all", "all")
+    inputs = given()
+    assert relative_error(ours(**inputs), their_forward(theirs, **inputs)) < 1e-5
+
+
+def test_gradients_beside_peft(pair):
+    ours, theirs = pair
+    inject(ours, rank=4, alpha=6.0, dropout=0.0)
+    ours.load_state_dict(get_peft_model_state_dict(theirs), strict=False)
+    ours.set_lora_tokens("all", "all")
+    inputs = given()
+    for model, output in ((ours, ours(**inputs)), (theirs, their_forward.__wrapped__(theirs, **inputs))):
+        output.square().mean().backward()
+    expected = {k.replace(".default", ""): p.grad for k, p in theirs.named_parameters() if ".lora_" in k}
+    for key, parameter in ours.named_parameters():
+        if ".lora_" in key:
+            assert relative_error(parameter.grad, expected[key]) < 1e-4, key
+        elif key.rsplit(".", 1)[0] + ".lora_A.weight" in expected:
+            assert parameter.grad is None, key
+
+
+@torch.no_grad()
+def test_a_new_lora_changes_nothing_and_dropout_acts_only_in_training():
+    ours, inputs = Transformer(Config(**VARIANTS["5b"])).eval(), given()
+    before = ours(**inputs)
+    inject(ours, rank=4, alpha=6.0, dropout=0.5)
+    ours.set_lora_tokens("all", "all")
+    assert torch.equal(ours(**inputs), before)
+    for key, parameter in ours.named_parameters():
+        if ".lora_B." in key:
+            torch.nn.init.normal_(parameter)
+    assert torch.equal(ours(**inputs), ours(**inputs))
+    ours.train()
+    assert not torch.equal(ours(**inputs), ours(**inputs))
+
+
+@torch.no_grad()
+def test_merged_is_the_same(pair):
+    ours, theirs = pair
+    keys = set(ours.state_dict())
+    inject(ours, rank=4, alpha=6.0)
+    ours.load_state_dict(get_peft_model_state_dict(theirs), strict=False)
+    ours.eval().set_lora_tokens("all", "all")
+    inputs = given()
+    before = ours(**inputs)
+    merge(ours)
+    assert set(ours.state_dict()) == keys
+    assert relative_error(ours(**inputs), before) < 1e-5
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_our_file_in_diffusers_and_theirs_in_ours(pair, tmp_path):
+    from diffusers import CogVideoXPipeline
+
+    ours, theirs = pair
+    adapter, inputs = Adapter(rank=4, alpha=6.0, norm_lora="all"), given()
+    inject(ours, adapter.rank, adapter.alpha)
+    ours.load_state_dict(get_peft_model_state_dict(theirs), strict=False)
+    ours.eval().set_lora_tokens("all", "all")
+    save_adapter(ours, tmp_path / "ours", adapter)
+    expected = ours(**inputs)
+
+    base = CogVideoXTransformer3DModel(**VARIANTS["5b"]).eval()
+    base.load_state_dict({k: v for k, v in ours.state_dict().items() if ".lora_" not in k})
+    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=base, scheduler=None)
+    pipeline.load_lora_weights(tmp_path / "ours")
+    assert relative_error(their_forward(base, **inputs), expected) < 1e-5
+
+    CogVideoXPipeline.save_lora_weights(tmp_path / "theirs", get_peft_model_state_dict(theirs),
+                                        transformer_lora_adapter_metadata=theirs.peft_config["default"].to_dict())
+    fresh = Transformer(ours.config).eval()
+    fresh.load_state_dict({k: v for k, v in ours.state_dict().items() if ".lora_" not in k})
+    settings = fresh.use_adapter(find_adapter(str(tmp_path / "theirs")))
+    fresh.eval()
+    assert (settings.rank, settings.alpha, settings.norm_lora, settings.cls) == (4, 6.0, "all", "pieces")
+    assert relative_error(fresh(**inputs), expected) < 1e-5
+
+
+def test_our_settings_travel_in_the_metadata(tmp_path):
+    ours = Transformer(Config(**VARIANTS["5b"]))
+    adapter = Adapter(rank=2, alpha=3.0, dropout=0.2, norm_lora="reference", lora_tokens="reference", cls="none")
+    inject(ours, adapter.rank, adapter.alpha)
+    save_adapter(ours, tmp_path, adapter)
+    file = find_adapter(str(tmp_path))
+    assert read_adapter(file) == adapter
+    fresh = Transformer(ours.config)
+    assert fresh.use_adapter(file) == adapter
+    assert fresh.lora_tokens == "reference"
+    assert {m.norm_lora for m in fresh.modules() if hasattr(m, "norm_lora")} == {"reference"}
+    with safe_open(file, "pt") as tensors:
+        metadata = json.loads(tensors.metadata()[METADATA])
+    assert metadata["transformer.r"] == 2 and metadata["transformer.lora_alpha"] == 3.0
+
+
+def test_a_file_that_says_nothing_is_taken_for_the_released_adapter(tmp_path):
+    ours = Transformer(Config(**VARIANTS["5b"]))
+    inject(ours, rank=8)
+    name = tmp_path / "pytorch_lora_weights_transformer.safetensors"
+    save_file({"transformer." + k: v for k, v in lora_state_dict(ours).items()}, name)
+    (tmp_path / "optimizer.bin").write_bytes(b"a pickle that nobody opens")
+    adapter = read_adapter(find_adapter(str(tmp_path)))
+    assert (adapter.rank, adapter.alpha) == (8, 64.0)
+    assert {key: getattr(adapter, key) for key in RELEASED} == RELEASED
+    assert RELEASED == {"alpha": 64.0, "norm_lora": "all", "lora_tokens": "all", "cls": "pieces"}
+
+
+def file_with(tmp_path, change):
+    """A saved adapter whose tensors were changed."""
+    ours = Transformer(Config(**VARIANTS["5b"]))
+    inject(ours, rank=4)
+    save_adapter(ours, tmp_path, Adapter(rank=4))
+    file = find_adapter(str(tmp_path))
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    return file
+
+
+@pytest.mark.parametrize("change,phrase", [
+    (lambda t: t.pop("transformer.patch_embed.proj.lora_B.weight"), "no lora_B for patch_embed.proj"),
+    (lambda t: t.update({"transformer.nowhere.lora_A.weight": torch.zeros(4, 8)}), "another base: this one has no nowhere"),
+    (lambda t: t.update({"transformer.proj_in.weight": torch.zeros(4, 8)}), "another base"),
+    (lambda t: t.update({"transformer.patch_embed.proj.lora_A.weight": torch.zeros(4, 32, 2, 2)}), "lora_A has shape"),
+    (lambda t: t.update({"transformer.patch_embed.proj.lora_A.weight": torch.zeros(4, 16, 3, 3)}), "lora_A has shape"),
+    (lambda t: t.update({"transformer.patch_embed.text_proj.lora_B.weight": torch.zeros(99, 4)}), "lora_B has shape"),
+])
+def test_an_adapter_that_does_not_fit_is_refused_by_name(change, phrase, tmp_path):
+    file = file_with(tmp_path, change)
+    with torch.device("meta"):
+        base = Transformer(Config(**VARIANTS["5b"]))
+    with pytest.raises(BadInput, match=phrase):
+        check_adapter(base, file)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="No adapter at"):
+        find_adapter(str(tmp_path))
+    save_file({"weight": torch.zeros(2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(BadInput, match="holds no LoRA"):
+        read_adapter(find_adapter(str(tmp_path)))
+    with pytest.raises(ValueError, match="No linear layer"):
+        inject(torch.nn.Sequential(torch.nn.ReLU()), names=SWITCH_TARGETS)
+
+
+def test_mixed_ranks_are_refused(tmp_path):
+    file = file_with(tmp_path, lambda t: t.update({
+        "transformer.patch_embed.text_proj.lora_A.weight": torch.zeros(2, 32),
+        "transformer.patch_embed.text_proj.lora_B.weight": torch.zeros(128, 2)}))
+    with pytest.raises(BadInput, match="mixes ranks"):
+        read_adapter(file)
