@@ -1,0 +1,92 @@
+"""Text to video and image to video, whole, beside diffusers' pipelines: from a folder that diffusers saved, from one noise."""
+
+import diffusers.models.autoencoders.vae as vae_module
+import diffusers.schedulers.scheduling_dpm_cogvideox as dpm_module
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_VAE, VARIANTS, randomize, relative_error
+from diffusers import (AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXImageToVideoPipeline,
+                       CogVideoXPipeline, CogVideoXTransformer3DModel)
+from PIL import Image
+from test_diffusion import OFFICIAL
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+import sample
+import toy
+from sample import Request, Sampler, Settings
+
+SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+STEPS = 6  # 50 steps of both schedulers are in test_diffusion.py
+SMALL = dict(sample_height=6, sample_width=8)  # latents; the float64 run of the oracle is slow
+SMALL_VAE = {**TINY_VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer") / "t"
+    toy.write_tokenizer(folder)
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def save_checkpoint(folder, name, scheduler, tokenizer):
+    """A whole checkpoint, made and saved by diffusers."""
+    variant = VARIANTS[name] if name.startswith("1.5") else {**VARIANTS[name], **SMALL}
+    transformer = randomize(CogVideoXTransformer3DModel(**variant), std=0.02)
+    vae = AutoencoderKLCogVideoX(
+        **SMALL_VAE, scaling_factor=1.15258426 if name == "2b" else 0.7, invert_scale_latents=name == "1.5-5B-I2V",
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4)
+    t5 = T5EncoderModel(T5Config(vocab_size=len(tokenizer) + 28, d_model=variant["text_embed_dim"], d_kv=8, d_ff=32,
+                                 num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"))
+    kind = CogVideoXImageToVideoPipeline if "I2V" in name else CogVideoXPipeline
+    schedule = SCHEDULERS[scheduler](**OFFICIAL, snr_shift_scale=3.0 if name == "2b" else 1.0)
+    kind(tokenizer=tokenizer, text_encoder=t5, vae=vae, transformer=transformer, scheduler=schedule).save_pretrained(folder)
+    return kind
+
+
+def their_video(kind, folder, dtype, prompt, negative, guidance, image, noises, monkeypatch, **size):
+    """diffusers' whole pipeline in `dtype`, with the noises put in where it would draw them."""
+    pipeline = kind.from_pretrained(folder, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    # The DPM scheduler draws twice in a step of second order, and uses the second draw: both are given the step's noise.
+    step = {"now": -1}
+    original = type(pipeline.scheduler).step
+
+    def stepping(self, *args, **kwargs):
+        step["now"] += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipeline.scheduler), "step", stepping)
+    monkeypatch.setattr(dpm_module, "randn_tensor", lambda *_, **__: noises["steps"][step["now"]].to(dtype))
+    monkeypatch.setattr(vae_module, "randn_tensor", lambda *_, **__: noises["image"].to(dtype))
+    more = {"image": image} if image is not None else {}
+    out = pipeline(prompt=prompt, negative_prompt=negative, guidance_scale=guidance, num_inference_steps=STEPS,
+                   latents=noises["x"].to(dtype), output_type="pt", max_sequence_length=10, **size, **more).frames
+    monkeypatch.setattr(type(pipeline.scheduler), "step", original)
+    return out[0].transpose(0, 1) * 2 - 1  # [F, 3, H, W] in [0, 1] -> [3, F, H, W] in [-1, 1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@torch.no_grad()
+def test_whole_runs_beside_diffusers(name, scheduler, tokenizer, tmp_path, monkeypatch, seed):
+    kind = save_checkpoint(tmp_path / "model", name, scheduler, tokenizer)
+    size = dict(height=48, width=64, num_frames=9)
+    T = 4 if name.startswith("1.5") else 3  # 1.5 pads the three latent frames to its temporal patch
+    noises = {"x": torch.randn(1, T, 16, 6, 8), "image": torch.randn(1, 16, 1, 6, 8),
+              "steps": torch.randn(STEPS, 1, T, 16, 6, 8)}
+    pixels = np.random.default_rng(seed).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels) if "I2V" in name else None
+    prompt, negative, guidance = "a fox is running in the snow", "a red cat", 6.0
+    single, double = (their_video(kind, tmp_path / "model", dtype, prompt, negative, guidance, image, noises, monkeypatch,
+                                  **size) for dtype in (torch.float32, torch.float64))
+
+    draws = iter([noises["x"], *([noises["image"]] if image else []), *noises["steps"]])
+    monkeypatch.setattr(sample, "noise_source", lambda seed: lambda *shape: next(draws).reshape(shape))
+    sampler = Sampler(str(tmp_path / "model"))
+    assert sampler.kind == ("i2v" if image else "t2v") and sampler.defaults().scheduler == scheduler
+    settings = Settings(frames=9, height=48, width=64, fps=8, scheduler=scheduler, steps=STEPS, guidance=guidance)
+    request = Request(prompt, negative, 0, tmp_path / "out.mp4", reference=image)
+    [(_, ours)] = sampler.videos([request], settings)
+    assert single.std() > 0.01  # the videos say something
+    assert relative_error(ours.clamp(-1, 1), single) < max(10 * relative_error(single, double), 1e-6)
