@@ -12,9 +12,9 @@ from PIL import Image
 from test_diffusion import OFFICIAL
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-import sample
+import pipeline
 import toy
-from sample import Request, Sampler, Settings
+from pipeline import Request, Sampler, Settings
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 STEPS = 6  # 50 steps of both schedulers are in test_diffusion.py
@@ -46,23 +46,23 @@ def save_checkpoint(folder, name, scheduler, tokenizer):
 
 def their_video(kind, folder, dtype, prompt, negative, guidance, image, noises, monkeypatch, **size):
     """diffusers' whole pipeline in `dtype`, with the noises put in where it would draw them."""
-    pipeline = kind.from_pretrained(folder, torch_dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
+    theirs = kind.from_pretrained(folder, torch_dtype=dtype)
+    theirs.set_progress_bar_config(disable=True)
     # The DPM scheduler draws twice in a step of second order, and uses the second draw: both are given the step's noise.
     step = {"now": -1}
-    original = type(pipeline.scheduler).step
+    original = type(theirs.scheduler).step
 
     def stepping(self, *args, **kwargs):
         step["now"] += 1
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(pipeline.scheduler), "step", stepping)
+    monkeypatch.setattr(type(theirs.scheduler), "step", stepping)
     monkeypatch.setattr(dpm_module, "randn_tensor", lambda *_, **__: noises["steps"][step["now"]].to(dtype))
     monkeypatch.setattr(vae_module, "randn_tensor", lambda *_, **__: noises["image"].to(dtype))
     more = {"image": image} if image is not None else {}
-    out = pipeline(prompt=prompt, negative_prompt=negative, guidance_scale=guidance, num_inference_steps=STEPS,
+    out = theirs(prompt=prompt, negative_prompt=negative, guidance_scale=guidance, num_inference_steps=STEPS,
                    latents=noises["x"].to(dtype), output_type="pt", max_sequence_length=10, **size, **more).frames
-    monkeypatch.setattr(type(pipeline.scheduler), "step", original)
+    monkeypatch.setattr(type(theirs.scheduler), "step", original)
     return out[0].transpose(0, 1) * 2 - 1  # [F, 3, H, W] in [0, 1] -> [3, F, H, W] in [-1, 1]
 
 
@@ -82,7 +82,7 @@ def test_whole_runs_beside_diffusers(name, scheduler, tokenizer, tmp_path, monke
                                   **size) for dtype in (torch.float32, torch.float64))
 
     draws = iter([noises["x"], *([noises["image"]] if image else []), *noises["steps"]])
-    monkeypatch.setattr(sample, "noise_source", lambda seed: lambda *shape: next(draws).reshape(shape))
+    monkeypatch.setattr(pipeline, "noise_source", lambda seed: lambda *shape: next(draws).reshape(shape))
     sampler = Sampler(str(tmp_path / "model"))
     assert sampler.kind == ("i2v" if image else "t2v") and sampler.defaults().scheduler == scheduler
     settings = Settings(frames=9, height=48, width=64, fps=8, scheduler=scheduler, steps=STEPS, guidance=guidance)

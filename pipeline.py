@@ -1,0 +1,254 @@
+"""A checkpoint that samples: its networks take turns on the device and turn a request into a video.
+
+What is made of an image is the checkpoint's to say: a Switch adapter takes it as reference, a SUGAR model as identity, an
+image-to-video model as first frame. sample.py is the command line of this file; validation and evaluation use it too.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import media
+from checkpoint import BadInput
+from diffusion import Predictor, alpha_bar_schedule, denoise, sugar_guidance, text_guidance
+from encoders import ImageEncoder, TextEncoder
+from lora import Adapter, check_adapter, find_adapter, read_adapter
+from model import Config, Transformer, load_transformer, read_config
+from vae import VAE, load_vae
+from vae import read_config as read_vae_config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Settings:
+    """How a video is sampled. None in the command line's place means: what the checkpoint was made for."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+    scheduler: str
+    steps: int = 50
+    guidance: float = 6.0  # on the text, all but SUGAR
+    omega_image: float = 7.5  # SUGAR
+    omega_text: float = 7.5
+    equation: int = 2
+    t_bar: int = 1000
+    drop: str = "dino"
+
+
+@dataclass
+class Request:
+    """One video to make. `source` is the image as read, `cutout` its subject on white, `reference` what it was fitted to."""
+
+    prompt: str
+    negative_prompt: str
+    seed: int
+    out: Path
+    image: str | None = None
+    mask: str | None = None
+    subject: str | None = None
+    source: Image.Image | None = None
+    cutout: Image.Image | None = None
+    reference: Image.Image | None = None
+
+
+@dataclass
+class Conditions:
+    """What the transformer is given for one video, each with a batch of one. None: the condition is absent."""
+
+    text: Tensor  # [1, M, D]
+    null: Tensor  # [1, M, D], of the negative prompt
+    reference: Tensor | None = None  # [1, 16, H/8, W/8] (Switch)
+    dino: Tensor | None = None  # [1, N, D] (SUGAR)
+    clip: Tensor | None = None
+    first: Tensor | None = None  # [1, 16, H/8, W/8] (image to video)
+
+
+def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predictor:
+    """The `eps` of diffusion.py's guidance: all the sets of conditions it asks for, predicted in one batch."""
+
+    def eps(*sets: str) -> list[Tensor]:
+        distinct = list(dict.fromkeys(sets))
+        n, like = len(distinct), given.text
+        keep = {letter: torch.tensor([letter in conditions for conditions in distinct], device=x.device) for letter in "DC"}
+        repeat = lambda y: None if y is None else y.expand(n, *y.shape[1:])
+        x_in = x.to(like)
+        if given.first is not None:  # beside the first latent frame (1.5: the one that pads), zeros beside the others
+            first = torch.zeros_like(x_in)
+            first[:, 0] = given.first
+            x_in = torch.cat([x_in, first], dim=2)
+        v = model(repeat(x_in), torch.full((n,), t, device=x.device),
+                  torch.cat([given.text if "T" in conditions else given.null for conditions in distinct]),
+                  reference=repeat(given.reference) if "R" in distinct[0] else None,
+                  dino=repeat(given.dino), clip=repeat(given.clip), keep_dino=keep["D"], keep_clip=keep["C"])
+        return [v[distinct.index(conditions)][None].float() for conditions in sets]
+
+    return eps
+
+
+@torch.no_grad()
+def sample_latents(model: Transformer, given: Conditions, alpha_bar: Tensor, settings: Settings, x: Tensor,
+                   noise: Callable[[], Tensor], progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
+    """Clean latents [1, T, 16, H/8, W/8] from noise x of that shape. Where the model has a temporal patch of 2, the caller's
+    x has a frame of padding in front (see padding()), and so has the result."""
+
+    def predict(x: Tensor, t: int) -> Tensor:
+        eps = branches(model, x, t, given)
+        if model.config.sugar and given.dino is not None:
+            return sugar_guidance(eps, t, settings.omega_image, settings.omega_text, settings.equation, settings.t_bar,
+                                  settings.drop)
+        omega = settings.omega_text if model.config.sugar else settings.guidance
+        return text_guidance(eps, omega, image="R" if given.reference is not None else "")
+
+    return denoise(predict, x, alpha_bar, settings.steps, settings.scheduler, noise, progress)
+
+
+def padding(model: Transformer, latent_frames: int) -> int:
+    """Latent frames to put in front so that the temporal patch divides their number; dropped before decoding."""
+    return -latent_frames % model.config.patch_t
+
+
+def noise_source(seed: int) -> Callable[..., Tensor]:
+    """A function of a shape that draws normal noise; from the CPU's generator, so that the device does not matter."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+class Sampler:
+    """A checkpoint: what is in it, whether it is whole, and its networks, brought to the device one at a time."""
+
+    def __init__(self, model: str, adapter: str | None = None, device="cpu", dtype: str | None = None):
+        self.name, self.folder, self.device = model, checkpoint.resolve(model), torch.device(device)
+        self.config = read_config(checkpoint.need(self.folder, "transformer"))
+        self.vae_config = read_vae_config(checkpoint.need(self.folder, "vae"))
+        self.scheduler = checkpoint.read_json(checkpoint.need(self.folder, "scheduler") / "scheduler_config.json")
+        self.alpha_bar = alpha_bar_schedule(self.scheduler)
+        with torch.device("meta"):  # headers are compared, nothing is read
+            transformer, vae = Transformer(self.config), VAE(self.vae_config)
+        checkpoint.check(transformer, checkpoint.need(self.folder, "transformer"))
+        checkpoint.check(vae, checkpoint.need(self.folder, "vae"))
+        checkpoint.index(checkpoint.need(self.folder, "text_encoder"), stem="model")
+        checkpoint.need(self.folder, "tokenizer")
+
+        self.adapter_file, self.adapter = None, Adapter(cls="none")
+        if adapter is not None:
+            if self.config.sugar or not switch_stands_on(self.config):
+                raise BadInput(f"A Switch adapter cannot stand on {model}: it needs a text-to-video base with rotary "
+                               f"positions and a temporal patch of 1, that is CogVideoX-5b or the toy.")
+            self.adapter_file = find_adapter(adapter)
+            self.adapter = read_adapter(self.adapter_file)
+            check_adapter(transformer, self.adapter_file)
+        self.kind = ("i2v" if self.config.image_to_video else "sugar" if self.config.sugar else
+                     "switch" if adapter is not None else "t2v")
+        # On a CPU float32 is the fast type; on a GPU the checkpoint's own is what it was trained for.
+        default = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(checkpoint.need(self.folder, "transformer"))
+        self.dtype = DTYPES[dtype] if dtype else default
+
+    def defaults(self) -> Settings:
+        """What the checkpoint was made for. The 1.5 config's size is only an upper bound; it was made for 768x1360."""
+        config, schedulers = self.config, {"CogVideoXDDIMScheduler": "ddim", "CogVideoXDPMScheduler": "dpm"}
+        name = self.scheduler.get("_class_name", "CogVideoXDDIMScheduler")
+        if name not in schedulers:
+            raise BadInput(f"{self.name} names {name} as its scheduler; known are {' and '.join(schedulers)}.")
+        new = config.patch_t == 2
+        return Settings(frames=config.sample_frames, height=768 if new else config.sample_height * 8,
+                        width=1360 if new else config.sample_width * 8, fps=16 if new else 8, scheduler=schedulers[name])
+
+    @contextmanager
+    def on_device(self, network: torch.nn.Module):
+        """The network on the device, for as long as the block lasts: others find its memory free again."""
+        try:
+            yield network.to(self.device)
+        finally:
+            network.to("cpu")
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
+        encoder = TextEncoder(self.folder, self.adapter.cls, self.config.max_text_seq_length, self.dtype)
+        with self.on_device(encoder.t5):
+            return {prompt: encoder([prompt]).cpu() for prompt in dict.fromkeys(prompts)}
+
+    def encode_identity(self, requests: list[Request]) -> dict[int, tuple[Tensor, Tensor]]:
+        """DINO and CLIP tokens [1, N, D] of each request's identity image, by the request's id()."""
+        features = []
+        for part in ("dino", "clip"):
+            encoder = ImageEncoder(self.folder, part, self.device, self.dtype)
+            with self.on_device(encoder.network):
+                features.append([encoder([request.reference]).cpu() for request in requests])
+        return {id(request): pair for request, *pair in zip(requests, *features)}
+
+    def encode_image(self, vae: VAE, image: Image.Image, noise: Tensor) -> Tensor:
+        """A sample of the posterior of the fitted image, [1, 16, H/8, W/8], scaled for the transformer."""
+        pixels = media.image_to_tensor(image)[None, :, None].to(self.device, self.dtype)
+        mean, std = vae.encode(pixels)
+        return vae.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
+
+    def run(self, requests: list[Request], settings: Settings, tile: bool = False, rank: int = 0) -> None:
+        """Makes and writes the videos."""
+        for request, video in self.videos(requests, settings, tile, rank):
+            self.write(request, settings, media.video_to_frames(video))
+
+    @torch.no_grad()
+    def videos(self, requests: list[Request], settings: Settings, tile: bool = False,
+               rank: int = 0) -> Iterator[tuple[Request, Tensor]]:
+        """Makes the videos, each [3, F, H, W] in [-1, 1]. The networks take turns on the device: text encoder, image
+        encoders, then for each video VAE, transformer, VAE."""
+        texts = self.encode_text([p for request in requests for p in (request.prompt, request.negative_prompt)])
+        pictured = [request for request in requests if request.reference is not None]
+        identity = self.encode_identity(pictured) if self.kind == "sugar" and pictured else {}
+        vae = load_vae(checkpoint.need(self.folder, "vae"), "cpu", self.dtype)
+        vae.tiled = tile
+        transformer = load_transformer(checkpoint.need(self.folder, "transformer"), "cpu", self.dtype).eval()
+        if self.adapter_file is not None:
+            transformer.use_adapter(self.adapter_file)
+        transformer.requires_grad_(False)
+        T, h, w = (settings.frames - 1) // 4 + 1, settings.height // 8, settings.width // 8
+        pad, channels = padding(transformer, T), self.config.out_channels
+        to = lambda y: y.to(self.device, self.dtype)
+        for number, request in enumerate(requests, 1):
+            draw = noise_source(request.seed)
+            x = draw(1, T + pad, channels, h, w).to(self.device)
+            given = Conditions(to(texts[request.prompt]), to(texts[request.negative_prompt]))
+            if id(request) in identity:
+                given.dino, given.clip = map(to, identity[id(request)])
+            if request.reference is not None and self.kind in ("switch", "i2v"):
+                with self.on_device(vae):
+                    latents = self.encode_image(vae, request.reference, draw(1, channels, 1, h, w))
+                given = replace(given, **{"reference" if self.kind == "switch" else "first": latents})
+            title = f"{number}/{len(requests)} {request.out.name}"
+            progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True)
+            with self.on_device(transformer):
+                latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
+                                         lambda: draw(*x.shape).to(self.device), progress)
+            with self.on_device(vae):
+                video = vae.decode(vae.unscale(to(latents[:, pad:].transpose(1, 2))))[0]
+            yield request, video
+
+    def write(self, request: Request, settings: Settings, frames) -> None:
+        """The video, and beside it what the model saw of the image. The video comes last: it says that all is there."""
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        for name, image in (("cutout", request.cutout), ("reference", request.reference)):
+            if image is not None:
+                media.save_image(image, request.out.with_name(f"{request.out.stem}-{name}.png"))
+        about = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": request.seed,
+                 "image": request.image, "model": self.name, "adapter": str(self.adapter_file or "") or None,
+                 **asdict(settings)}
+        media.save_video(frames, request.out, settings.fps, about)
+
+
+def switch_stands_on(config: Config) -> bool:
+    """Whether a base has what Switch needs: rotary positions, and a temporal patch of 1."""
+    return (config.use_rotary_positional_embeddings and not config.use_learned_positional_embeddings
+            and config.patch_t == 1 and not config.image_to_video)
