@@ -4,7 +4,6 @@ What is made of an image is the checkpoint's to say: a Switch adapter takes it a
 image-to-video model as first frame. sample.py is the command line of this file; validation and evaluation use it too.
 """
 
-import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass
 class Settings:
-    """How a video is sampled. None in the command line's place means: what the checkpoint was made for."""
+    """How a video is sampled. What has no default here is the checkpoint's to say: see Sampler.defaults()."""
 
     frames: int
     height: int
@@ -151,8 +150,11 @@ class Sampler:
         self.kind = ("i2v" if self.config.image_to_video else "sugar" if self.config.sugar else
                      "switch" if adapter is not None else "t2v")
         # On a CPU float32 is the fast type; on a GPU the checkpoint's own is what it was trained for.
-        default = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(checkpoint.need(self.folder, "transformer"))
-        self.dtype = DTYPES[dtype] if dtype else default
+        if dtype:
+            self.dtype = DTYPES[dtype]
+        else:
+            weights = checkpoint.need(self.folder, "transformer")
+            self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)
 
     def defaults(self) -> Settings:
         """What the checkpoint was made for. The 1.5 config's size is only an upper bound; it was made for 768x1360."""
@@ -165,19 +167,19 @@ class Sampler:
                         width=1360 if new else config.sample_width * 8, fps=16 if new else 8, scheduler=schedulers[name])
 
     @contextmanager
-    def on_device(self, network: torch.nn.Module):
-        """The network on the device, for as long as the block lasts: others find its memory free again."""
+    def on_device(self, network: torch.nn.Module, again: bool = True):
+        """The network on the device, for as long as the block lasts: others find its memory free again. Where it will not
+        be needed `again`, its weights are let go."""
         try:
             yield network.to(self.device)
         finally:
-            network.to("cpu")
-            gc.collect()
+            network.to("cpu" if again else "meta")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         encoder = TextEncoder(self.folder, self.adapter.cls, self.config.max_text_seq_length, self.dtype)
-        with self.on_device(encoder.t5):
+        with self.on_device(encoder.t5, again=False):
             return {prompt: encoder([prompt]).cpu() for prompt in dict.fromkeys(prompts)}
 
     def encode_identity(self, requests: list[Request]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -185,7 +187,7 @@ class Sampler:
         features = []
         for part in ("dino", "clip"):
             encoder = ImageEncoder(self.folder, part, self.device, self.dtype)
-            with self.on_device(encoder.network):
+            with self.on_device(encoder.network, again=False):
                 features.append([encoder([request.reference]).cpu() for request in requests])
         return {id(request): pair for request, *pair in zip(requests, *features)}
 
@@ -229,7 +231,7 @@ class Sampler:
                 given = replace(given, **{"reference" if self.kind == "switch" else "first": latents})
             title = f"{number}/{len(requests)} {request.out.name}"
             progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True)
-            with self.on_device(transformer):
+            with self.on_device(transformer, again=number < len(requests)):
                 latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
                                          lambda: draw(*x.shape).to(self.device), progress)
             with self.on_device(vae):
