@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,20 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def part(model: Path, name: str) -> Path | None:
+def fill(kind: type, raw: dict, file: Path):
+    """The dataclass `kind` with those of its fields that `raw`, read from `file`, has; the types are those of the
+    defaults, and where the default is None whole numbers."""
+    chosen = {}
+    for field in fields(kind):
+        value, default = raw.get(field.name, field.default), field.default
+        wanted = {float: (int, float), tuple: (list, tuple), type(None): (int, type(None))}.get(type(default), type(default))
+        if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise BadInput(f"{file} has {field.name} = {value!r}, where {default!r} would be usual.")
+        chosen[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**chosen)
+
+
+def part(model: Path, name: str, depth: int = 0) -> Path | None:
     """The folder of one network ("vae", "transformer", ...) of a model, or None. A fine-tuned model need not repeat what
     it did not change: parts that its folder lacks come from the base that its model_index.json names, a folder relative
     to its own or a hub id."""
@@ -75,7 +89,9 @@ def part(model: Path, name: str) -> Path | None:
     base = read_json(model / "model_index.json").get("base") if (model / "model_index.json").exists() else None
     if base is None:
         return None
-    return part(model / base if (model / base).is_dir() else resolve(base), name)
+    if depth == 8:
+        raise BadInput(f"The bases that {model / 'model_index.json'} and its like name go round in a circle.")
+    return part(model / base if (model / base).is_dir() else resolve(base), name, depth + 1)
 
 
 def need(model: Path, name: str) -> Path:
@@ -127,12 +143,12 @@ def some(keys: list[str], count: int = 3) -> str:
     return ", ".join(keys[:count]) + (f" and {len(keys) - count} more" if len(keys) > count else "")
 
 
-def check(model: nn.Module, folder: Path, new: tuple[str, ...] = ()) -> dict[str, Entry]:
+def check(model: nn.Module, folder: Path, new: tuple[str, ...] = (), stem: str = WEIGHTS) -> dict[str, Entry]:
     """Compares the weights in `folder` with what `model` (on any device, also meta) expects, reading headers only.
 
     Keys that start with one of `new` may be missing: load() leaves them to the caller to initialise.
     """
-    entries, wanted = index(folder), model.state_dict()
+    entries, wanted = index(folder, stem), model.state_dict()
     missing = [key for key in wanted if key not in entries and not key.startswith(new or ("\0",))]
     unexpected = [key for key in entries if key not in wanted]
     if missing or unexpected:
@@ -172,7 +188,7 @@ def load(model: nn.Module, folder: Path, device="cpu", dtype=torch.float32, new:
 def replace_when_whole(file: Path) -> Iterator[Path]:
     """A temporary path beside `file` to write to, with the same suffix. It takes the name of `file` when the block ends
     well and vanishes when it does not: nobody ever sees half a file."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.stem}-", suffix=file.suffix, dir=file.parent)
+    handle, name = tempfile.mkstemp(prefix=".part-", suffix=file.suffix, dir=file.parent)
     os.close(handle)
     part = Path(name)
     try:

@@ -27,6 +27,26 @@ def find(model: Path, part: str) -> Path:
     return checkpoint.part(model, part) or checkpoint.resolve(HUB[part])
 
 
+def load_network(folder: Path, kind: str, dtype: torch.dtype):
+    """The network of class `kind` of transformers in `folder`, frozen. What the files lack is an error: transformers
+    itself would draw it at random."""
+    import transformers
+
+    checkpoint.read_json(folder / "config.json")
+    checkpoint.index(folder, stem="model")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it lists what is not needed, such as the text half of CLIP
+    try:
+        network, info = getattr(transformers, kind).from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # a config or a shape that does not fit: each class has its own way to be displeased
+        raise BadInput(f"{folder} cannot be loaded as a {kind}: {' '.join(str(error).split())}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise BadInput(f"The weights in {folder} do not fit its config.json: {len(missing)} missing "
+                       f"({checkpoint.some(missing)}).")
+    return network.eval().requires_grad_(False)
+
+
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
@@ -45,13 +65,19 @@ class Tokenizer:
         if (folder / "spiece.model").exists():
             import sentencepiece
 
-            model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+            try:
+                model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+            except (RuntimeError, OSError) as error:
+                raise BadInput(f"{folder / 'spiece.model'} is damaged: it is not a SentencePiece model.") from error
             self.pieces, self.decode = model.encode, model.decode
             self.size = model.vocab_size() + checkpoint.read_json(folder / "tokenizer_config.json").get("extra_ids", 100)
         elif (folder / "tokenizer.json").exists():
             import tokenizers
 
-            model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            try:
+                model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the library raises nothing more special
+                raise BadInput(f"{folder / 'tokenizer.json'} is damaged: {error}.") from error
             self.pieces = lambda text: model.encode(text, add_special_tokens=False).ids
             self.decode, self.size = model.decode, model.get_vocab_size()
         else:
@@ -66,6 +92,28 @@ class Tokenizer:
         return [*ids, 1]
 
 
+def check_text_encoder(model: Path, dim: int, cls: str) -> None:
+    """Whether tokenizer and T5 are there, whole, and give features of width `dim`, with a row left for <cls> as a token.
+    T5 is the largest network of all, so headers are compared and nothing is read."""
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer, weights = Tokenizer(checkpoint.need(model, "tokenizer")), checkpoint.need(model, "text_encoder")
+    raw = checkpoint.read_json(weights / "config.json")
+    if raw.get("d_model", 512) != dim:
+        raise BadInput(f"The text encoder in {weights} has d_model = {raw.get('d_model')}, but the transformer was made for "
+                       f"{dim}.")
+    rows = raw.get("vocab_size", 32128)
+    if cls == "token" and tokenizer.size >= rows:
+        raise BadInput(f"The text encoder in {weights} has {rows} rows of embeddings, all in use: none is left for {CLS}, "
+                       f"which this adapter was trained with.")
+    try:
+        with torch.device("meta"):
+            network = T5EncoderModel(T5Config(**raw))
+    except Exception as error:
+        raise BadInput(f"{weights / 'config.json'} is no config of T5: {' '.join(str(error).split())}") from error
+    checkpoint.check(network, weights, stem="model", new=("encoder.embed_tokens.",))  # the same tensor as "shared"
+
+
 class TextEncoder:
     """T5: prompts -> [B, length, text_embed_dim], padded to `length` tokens without an attention mask, as officially done.
 
@@ -74,16 +122,10 @@ class TextEncoder:
     """
 
     def __init__(self, model: Path, cls: str = "pieces", length: int = 226, dtype=torch.float32):
-        from transformers import T5EncoderModel
-
         self.length, self.tokenizer = length, Tokenizer(checkpoint.need(model, "tokenizer"))
         weights = checkpoint.need(model, "text_encoder")
         self.cls_id = self.tokenizer.size if cls == "token" else None
-        rows = checkpoint.read_json(weights / "config.json").get("vocab_size", 32128)
-        if cls == "token" and self.cls_id >= rows:
-            raise BadInput(f"The text encoder in {weights} has {rows} rows of embeddings, all in use: none is left for "
-                           f"{CLS} (cls='pieces' needs none).")
-        self.t5 = T5EncoderModel.from_pretrained(weights, dtype=dtype).eval().requires_grad_(False)
+        self.t5 = load_network(weights, "T5EncoderModel", dtype)
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids [B, length], 0 where there is nothing. What does not fit is cut, with a warning that quotes it."""
@@ -106,27 +148,35 @@ class TextEncoder:
 # --- identity image ---------------------------------------------------------------------------------------------------
 
 
+KINDS = {"dino": "Dinov2Model", "clip": "CLIPVisionModel"}
+
+
+def image_settings(folder: Path) -> tuple[int, list[float], list[float]]:
+    """Side in pixels, mean and deviation of the images that the encoder in `folder` was made for."""
+    settings = checkpoint.read_json(folder / "preprocessor_config.json")
+    crop = settings.get("crop_size", 224)
+    try:
+        return int(crop["height"] if isinstance(crop, dict) else crop), settings["image_mean"], settings["image_std"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder / 'preprocessor_config.json'} lacks crop_size, image_mean or image_std.") from error
+
+
 class ImageEncoder:
     """DINOv2 or CLIP: identity images -> tokens [B, N, D] of the last layer, the class token first (N = 257 at 224
     pixels). The image is padded to a square on white, so nothing of the subject is cut off, then resized."""
 
-    def __init__(self, model: Path, part: str, device="cpu", dtype=torch.float32):
-        from transformers import AutoModel, CLIPVisionModel
-
+    def __init__(self, model: Path, part: str, dtype=torch.float32):
         folder = find(model, part)
-        network = CLIPVisionModel if part == "clip" else AutoModel
-        self.network = network.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False).to(device)
-        settings = checkpoint.read_json(folder / "preprocessor_config.json")
-        crop = settings.get("crop_size", 224)
-        self.side = crop["height"] if isinstance(crop, dict) else crop
-        self.mean, self.std = (torch.tensor(settings[name], device=device, dtype=dtype).view(3, 1, 1)
-                               for name in ("image_mean", "image_std"))
+        self.side, *statistics = image_settings(folder)
+        self.network = load_network(folder, KINDS[part], dtype)
+        self.tokens = (self.side // self.network.config.patch_size) ** 2 + 1
+        self.mean, self.std = (torch.tensor(x, dtype=dtype).view(3, 1, 1) for x in statistics)
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> Tensor:
         pixels = torch.stack([image_to_tensor(fit(image, self.side, self.side, "pad")) for image in images])
         pixels = ((pixels.to(self.mean) + 1) / 2 - self.mean) / self.std
-        return self.network(pixel_values=pixels).last_hidden_state
+        return self.network(pixel_values=pixels.to(self.network.device)).last_hidden_state
 
 
 # --- segmentation -----------------------------------------------------------------------------------------------------

@@ -193,6 +193,7 @@ def read_adapter(file: Path) -> Adapter:
 def check_adapter(model: nn.Module, file: Path) -> list[str]:
     """Compares the file with the layers of `model` (on any device, also meta); returns the names of adapted modules."""
     entries, modules = read_header(file), dict(model.named_modules())
+    rank = read_adapter(file).rank
     adapted = sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in entries})
     foreign = [name for name in adapted if not isinstance(modules.get(name), (nn.Linear, nn.Conv2d))]
     foreign += [key for key in entries if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
@@ -200,13 +201,13 @@ def check_adapter(model: nn.Module, file: Path) -> list[str]:
         raise BadInput(f"The adapter {file} is for another base: this one has no {some(foreign)}.")
     for name in adapted:
         shape = tuple(modules[name].weight.shape)  # [out, in] or [out, in, k, k]
-        for letter, dim, kernel in (("A", 1, shape[2:]), ("B", 0, (1,) * len(shape[2:]))):
+        for letter, wanted in (("A", (rank, *shape[1:])), ("B", (shape[0], rank, *(1 for _ in shape[2:])))):
             entry = entries.get(f"{PREFIX}{name}.lora_{letter}.weight")
             if entry is None:
                 raise BadInput(f"The adapter {file} has no lora_{letter} for {name}; the file is not whole.")
-            if entry.shape[dim] != shape[dim] or entry.shape[2:] != kernel:
+            if entry.shape != wanted:
                 raise BadInput(f"The adapter {file} is for another base: {name}.lora_{letter} has shape "
-                               f"{list(entry.shape)}, but the layer's weight has {list(shape)}.")
+                               f"{list(entry.shape)}, and {list(wanted)} would fit this base at rank {rank}.")
     return adapted
 
 

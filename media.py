@@ -1,7 +1,9 @@
 """Images and videos as files: reading whatever photograph a person brings, cutting out, fitting, writing videos."""
 
 import json
-import os
+import tempfile
+import warnings
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ VIDEO_SUFFIXES = (".mp4", ".gif")
 def open_image(path: str | Path) -> Image.Image:
     """The image at `path`, upright, as 8-bit RGB, or RGBA where it has transparency."""
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:  # what matters is raised as well
             file.load()
             image = ImageOps.exif_transpose(file)
     except FileNotFoundError as error:
@@ -31,7 +33,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise BadInput(f"The image {path} has no pixels: its size is {image.width}x{image.height}.")
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits or more to a pixel: convert() would clip, not scale
         values = np.asarray(image, dtype=np.float64)
-        values = values / 257 if values.max() > 255 else values
+        values = values / 257 if image.mode.startswith("I;16") or values.max() > 255 else values
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     return image.convert("RGBA" if transparent else "RGB")
@@ -63,11 +65,11 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def cut_out(image: Image.Image, mask: Image.Image) -> Image.Image:
+def cut_out(image: Image.Image, mask: Image.Image, name: str = "the image") -> Image.Image:
     """The subject on white, cropped to its bounding box: SUGAR's identity image z. mask: 8 bits, 255 is the subject."""
     box = mask.point(lambda value: 255 * (value > 127)).getbbox()
     if box is None:
-        raise BadInput("The mask of the subject is empty: nothing would be left of the image.")
+        raise BadInput(f"The mask of the subject is empty: nothing would be left of {name}.")
     white = Image.new("RGB", image.size, "white")
     return Image.composite(image.convert("RGB"), white, mask).crop(box)
 
@@ -92,14 +94,17 @@ def video_to_frames(video: Tensor) -> np.ndarray:
 
 
 def check_writable(path: Path) -> None:
-    """Raises where a file could not be written at `path`, without writing anything."""
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder, a file was expected.")
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f"{path} cannot be written: {folder} is not a folder that you may write to.")
+    """Raises where a file could not be written at `path`. Leaves nothing behind."""
+    try:
+        if path.is_dir():
+            raise BadInput(f"{path} is a folder, a file was expected.")
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder):  # asking for permission is not enough: root has it everywhere
+            return
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -108,18 +113,22 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def save_video(frames: np.ndarray, path: Path, fps: float, metadata: dict) -> None:
-    """Writes uint8 frames [F, H, W, 3] as .mp4 or .gif. `metadata` travels in the file, as JSON in its comment."""
+    """Writes uint8 frames [F, H, W, 3] as .mp4 or .gif. `metadata` travels in the file, as JSON in its comment. (A GIF
+    stores a frame that equals the one before it as a longer delay.)"""
     path.parent.mkdir(parents=True, exist_ok=True)
     comment = json.dumps(metadata, ensure_ascii=False)
     with replace_when_whole(path) as part:
         if path.suffix == ".gif":
             first, *rest = (Image.fromarray(frame) for frame in frames)
-            first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, comment=comment.encode())
+            ticks = [round(100 * i / fps) for i in range(len(frames) + 1)]  # a GIF counts hundredths of a second
+            durations = [10 * max(b - a, 1) for a, b in zip(ticks, ticks[1:])]
+            first.save(part, save_all=True, append_images=rest, duration=durations, loop=0, comment=comment.encode())
         else:
             import imageio.v2 as imageio
 
             options = ["-crf", "16", "-metadata", f"comment={comment}"]
-            with imageio.get_writer(part, format="FFMPEG", fps=fps, codec="libx264", quality=None, macro_block_size=1,
-                                    output_params=options) as writer:
+            # closing(), as the writer's own context leaves ffmpeg running, and its file coming back, after an error.
+            with closing(imageio.get_writer(part, format="FFMPEG", fps=fps, codec="libx264", quality=None,
+                                            macro_block_size=1, output_params=options)) as writer:
                 for frame in frames:
                     writer.append_data(frame)

@@ -9,7 +9,7 @@ tokens the video's. All other weights are shared by all tokens. Names of modules
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -372,10 +372,7 @@ def read_config(folder: Path) -> Config:
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise BadInput(f"{folder / 'config.json'} has {key} = {raw[key]!r}; this code knows only {value!r}.")
-    try:
-        return Config(**{field.name: raw[field.name] for field in fields(Config) if field.name in raw})
-    except TypeError as error:
-        raise BadInput(f"{folder / 'config.json'} is no config of a CogVideoX transformer ({error}).") from error
+    return checkpoint.fill(Config, raw, folder / "config.json")
 
 
 def load_transformer(folder: Path, device="cpu", dtype=torch.float32, **sugar) -> Transformer:

@@ -18,7 +18,7 @@ import checkpoint
 import media
 from checkpoint import BadInput
 from diffusion import Predictor, alpha_bar_schedule, denoise, sugar_guidance, text_guidance
-from encoders import ImageEncoder, TextEncoder
+from encoders import ImageEncoder, TextEncoder, add_cls, check_text_encoder
 from lora import Adapter, check_adapter, find_adapter, read_adapter
 from model import Config, Transformer, load_transformer, read_config
 from vae import VAE, load_vae
@@ -43,6 +43,7 @@ class Settings:
     equation: int = 2
     t_bar: int = 1000
     drop: str = "dino"
+    tile: bool = False  # decode in spatial tiles
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Request:
     image: str | None = None
     mask: str | None = None
     subject: str | None = None
+    fit: str | None = None
     source: Image.Image | None = None
     cutout: Image.Image | None = None
     reference: Image.Image | None = None
@@ -136,9 +138,10 @@ class Sampler:
             transformer, vae = Transformer(self.config), VAE(self.vae_config)
         checkpoint.check(transformer, checkpoint.need(self.folder, "transformer"))
         checkpoint.check(vae, checkpoint.need(self.folder, "vae"))
-        checkpoint.index(checkpoint.need(self.folder, "text_encoder"), stem="model")
-        checkpoint.need(self.folder, "tokenizer")
-
+        if self.config.sugar:
+            if self.config.image_to_video:
+                raise BadInput(f"{model} is a SUGAR model on an image-to-video base, and SUGAR cannot stand on one: it needs "
+                               f"a text-to-video base (2b, 5b, 1.5-5B or the toy).")
         self.adapter_file, self.adapter = None, Adapter(cls="none")
         if adapter is not None:
             if self.config.sugar or not switch_stands_on(self.config):
@@ -147,6 +150,7 @@ class Sampler:
             self.adapter_file = find_adapter(adapter)
             self.adapter = read_adapter(self.adapter_file)
             check_adapter(transformer, self.adapter_file)
+        check_text_encoder(self.folder, self.config.text_embed_dim, self.adapter.cls)
         self.kind = ("i2v" if self.config.image_to_video else "sugar" if self.config.sugar else
                      "switch" if adapter is not None else "t2v")
         # On a CPU float32 is the fast type; on a GPU the checkpoint's own is what it was trained for.
@@ -155,6 +159,7 @@ class Sampler:
         else:
             weights = checkpoint.need(self.folder, "transformer")
             self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)
+        self.image_encoders = self.load_image_encoders() if self.config.sugar else []
 
     def defaults(self) -> Settings:
         """What the checkpoint was made for. The 1.5 config's size is only an upper bound; it was made for 768x1360."""
@@ -177,19 +182,36 @@ class Sampler:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def prompt(self, request: Request) -> str:
+        """The prompt as the adapter was trained to read it, that is with <cls>."""
+        return request.prompt if self.adapter.cls == "none" else add_cls(request.prompt, request.subject)
+
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         encoder = TextEncoder(self.folder, self.adapter.cls, self.config.max_text_seq_length, self.dtype)
         with self.on_device(encoder.t5, again=False):
             return {prompt: encoder([prompt]).cpu() for prompt in dict.fromkeys(prompts)}
 
-    def encode_identity(self, requests: list[Request]) -> dict[int, tuple[Tensor, Tensor]]:
-        """DINO and CLIP tokens [1, N, D] of each request's identity image, by the request's id()."""
-        features = []
-        for part in ("dino", "clip"):
-            encoder = ImageEncoder(self.folder, part, self.device, self.dtype)
-            with self.on_device(encoder.network, again=False):
-                features.append([encoder([request.reference]).cpu() for request in requests])
-        return {id(request): pair for request, *pair in zip(requests, *features)}
+    def load_image_encoders(self) -> list[ImageEncoder]:
+        """DINOv2 and CLIP. They are small enough to be loaded, on the CPU, just to know that they fit."""
+        encoders = []
+        for part, dim, tokens in (("dino", self.config.dino_dim, self.config.dino_tokens),
+                                  ("clip", self.config.clip_dim, self.config.clip_tokens)):
+            encoder = ImageEncoder(self.folder, part, self.dtype)
+            given = (encoder.tokens, encoder.network.config.hidden_size)
+            if given != (tokens, dim):
+                raise BadInput(f"The {part} encoder of {self.name} gives {given[0]} tokens of width {given[1]}, but the "
+                               f"transformer was made for {tokens} of width {dim}.")
+            encoders.append(encoder)
+        return encoders
+
+    def encode_identity(self, requests: list[Request]) -> dict[int, list[Tensor]]:
+        """DINO and CLIP tokens, each [1, N, D], of each request's identity image, by the request's id()."""
+        features = {id(request): [] for request in requests}
+        for encoder in self.image_encoders:
+            with self.on_device(encoder.network):
+                for request in requests:
+                    features[id(request)].append(encoder([request.reference]).cpu())
+        return features
 
     def encode_image(self, vae: VAE, image: Image.Image, noise: Tensor) -> Tensor:
         """A sample of the posterior of the fitted image, [1, 16, H/8, W/8], scaled for the transformer."""
@@ -197,21 +219,20 @@ class Sampler:
         mean, std = vae.encode(pixels)
         return vae.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
 
-    def run(self, requests: list[Request], settings: Settings, tile: bool = False, rank: int = 0) -> None:
+    def run(self, requests: list[Request], settings: Settings, rank: int = 0) -> None:
         """Makes and writes the videos."""
-        for request, video in self.videos(requests, settings, tile, rank):
+        for request, video in self.videos(requests, settings, rank):
             self.write(request, settings, media.video_to_frames(video))
 
     @torch.no_grad()
-    def videos(self, requests: list[Request], settings: Settings, tile: bool = False,
-               rank: int = 0) -> Iterator[tuple[Request, Tensor]]:
+    def videos(self, requests: list[Request], settings: Settings, rank: int = 0) -> Iterator[tuple[Request, Tensor]]:
         """Makes the videos, each [3, F, H, W] in [-1, 1]. The networks take turns on the device: text encoder, image
         encoders, then for each video VAE, transformer, VAE."""
-        texts = self.encode_text([p for request in requests for p in (request.prompt, request.negative_prompt)])
+        texts = self.encode_text([p for request in requests for p in (self.prompt(request), request.negative_prompt)])
         pictured = [request for request in requests if request.reference is not None]
         identity = self.encode_identity(pictured) if self.kind == "sugar" and pictured else {}
         vae = load_vae(checkpoint.need(self.folder, "vae"), "cpu", self.dtype)
-        vae.tiled = tile
+        vae.tiled = settings.tile
         transformer = load_transformer(checkpoint.need(self.folder, "transformer"), "cpu", self.dtype).eval()
         if self.adapter_file is not None:
             transformer.use_adapter(self.adapter_file)
@@ -222,7 +243,7 @@ class Sampler:
         for number, request in enumerate(requests, 1):
             draw = noise_source(request.seed)
             x = draw(1, T + pad, channels, h, w).to(self.device)
-            given = Conditions(to(texts[request.prompt]), to(texts[request.negative_prompt]))
+            given = Conditions(to(texts[self.prompt(request)]), to(texts[request.negative_prompt]))
             if id(request) in identity:
                 given.dino, given.clip = map(to, identity[id(request)])
             if request.reference is not None and self.kind in ("switch", "i2v"):
@@ -244,9 +265,10 @@ class Sampler:
         for name, image in (("cutout", request.cutout), ("reference", request.reference)):
             if image is not None:
                 media.save_image(image, request.out.with_name(f"{request.out.stem}-{name}.png"))
-        about = {"prompt": request.prompt, "negative_prompt": request.negative_prompt, "seed": request.seed,
-                 "image": request.image, "model": self.name, "adapter": str(self.adapter_file or "") or None,
-                 **asdict(settings)}
+        asked = {name: getattr(request, name) for name in
+                 ("prompt", "negative_prompt", "seed", "image", "mask", "subject", "fit")}
+        about = {**asked, "model": self.name, "adapter": self.adapter_file and str(self.adapter_file),
+                 "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), **asdict(settings)}
         media.save_video(frames, request.out, settings.fps, about)
 
 

@@ -10,6 +10,7 @@ Everything that can be wrong with the input is found here, before the first netw
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -18,9 +19,10 @@ from pathlib import Path
 
 import torch
 
+import checkpoint
 import media
 from checkpoint import BadInput
-from encoders import GroundedSAM, add_cls
+from encoders import GroundedSAM
 from pipeline import DTYPES, Request, Sampler, Settings
 
 class Parser(argparse.ArgumentParser):
@@ -72,7 +74,7 @@ def read_settings(args: argparse.Namespace, sampler: Sampler) -> Settings:
             method, instead = ("all but SUGAR", "--omega-text") if sugar else ("SUGAR models", "--guidance")
             raise BadInput(f"--{name.replace('_', '-')} is for {method}, which {args.model} is not; see {instead}.")
     settings = sampler.defaults()
-    chosen = {name: getattr(args, name) for name in asdict(settings) if getattr(args, name) is not None}
+    chosen = {name: getattr(args, name) for name in asdict(settings) if getattr(args, name, None) is not None}
     settings = replace(settings, **chosen)
     if settings.frames != 1 and (settings.frames < 1 or settings.frames % 8 != 1):
         below = max(settings.frames - 1, 0) // 8 * 8 + 1
@@ -87,6 +89,9 @@ def read_settings(args: argparse.Namespace, sampler: Sampler) -> Settings:
     if config.use_learned_positional_embeddings and any(getattr(settings, n) != getattr(made_for, n) for n in size):
         raise BadInput(f"{args.model} has learned positions and makes only videos of {made_for.frames} frames of "
                        f"{made_for.height}x{made_for.width}.")
+    for name in ("guidance", "omega_image", "omega_text"):
+        if not math.isfinite(getattr(settings, name)):
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose a number.")
     if not 1 <= settings.steps <= 1000:
         raise BadInput(f"--steps {settings.steps}: choose 1 to 1000.")
     if not 0 <= settings.t_bar <= 1000:
@@ -107,6 +112,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         raise BadInput(f"--out {args.out}: videos are written as .mp4 or .gif; a new folder ends in a slash.")
     if (args.prompt is None) == (args.prompts is None):
         raise BadInput("Give either --prompt TEXT or --prompts FILE.jsonl.")
+    check_seed(args.seed, "--seed")
     common = Request("", args.negative_prompt, args.seed, out, args.image, args.mask, args.subject)
     if args.prompt is not None:
         if not args.prompt.strip():
@@ -132,6 +138,11 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
     return requests
 
 
+def check_seed(seed: int, where: str) -> None:
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"{where} {seed}: a seed is a whole number from 0 to 2^63 - 1.")
+
+
 def read_line(line: str, number: int, listing: Path, common: Request) -> Request:
     """A request from a line of --prompts."""
     try:
@@ -144,84 +155,75 @@ def read_line(line: str, number: int, listing: Path, common: Request) -> Request
                        f"the others text.")
     if not entry.get("prompt", "").strip():
         raise BadInput(f"Line {number} of {listing} has no prompt.")
+    if "mask" in entry and "subject" in entry:
+        raise BadInput(f"Line {number} of {listing} has a mask and a subject: one of them cuts out.")
+    check_seed(entry.get("seed", 0), f"Line {number} of {listing}: seed")
+    for name, other in (("mask", "subject"), ("subject", "mask")):
+        if name in entry:
+            common = replace(common, **{other: None})
     for name in ("image", "mask"):
         if name in entry:
             entry[name] = str(listing.parent / entry[name])
-    name = Path(entry.pop("name", f"{number:04d}-{slug(entry['prompt'])}")).name
-    return replace(common, **entry, out=common.out / f"{name.removesuffix('.mp4')}.mp4")
+    name = entry.pop("name", f"{number:04d}-{slug(entry['prompt'])}").removesuffix(".mp4")
+    if name != Path(name).name or not name.strip(". "):
+        raise BadInput(f"Line {number} of {listing} has the name {name!r}, which is no file name.")
+    return replace(common, **entry, out=common.out / f"{name}.mp4")
 
 
 def prepare_images(requests: list[Request], sampler: Sampler, settings: Settings, how: str | None) -> None:
-    """Opens every image, cuts its subject out and fits it: fills source, cutout and reference of each request."""
-    segment = None
+    """Opens every image, cuts its subject out and fits it: fills source, cutout, reference and fit of each request."""
+    masks, segment, warnings = {}, None, []
     for request in requests:
-        if request.image is None:
-            if request.mask or request.subject:
-                raise BadInput("--mask and --subject cut a subject out of an image: give --image as well.")
-            if sampler.kind == "i2v":
-                raise BadInput(f"{sampler.name} makes videos from a first frame: give --image.")
-            continue
-        if sampler.kind == "t2v":
-            raise BadInput(f"{sampler.name} is a plain text-to-video model and takes no image: add a Switch --adapter, or "
-                           f"give a SUGAR or an image-to-video model.")
-        if sampler.kind == "i2v" and (request.mask or request.subject):
-            raise BadInput("An image-to-video model takes the whole image as first frame: --mask and --subject are for "
-                           "Switch and SUGAR.")
-        request.source = media.open_image(request.image)
-        if request.mask:
-            request.mask = media.open_mask(request.mask, request.source)
-    for request in requests:
-        if request.image is None:
-            continue
-        mask = request.mask or media.alpha_mask(request.source)
-        if request.subject:
+        check_image_use(request, sampler)
+        if request.image is not None:
+            request.source = media.open_image(request.image)
+            masks[id(request)] = media.alpha_mask(request.source)
+        if request.mask is not None:
+            masks[id(request)] = media.open_mask(request.mask, request.source)
+    for request in (request for request in requests if request.image is not None):
+        mask = masks[id(request)]
+        if request.subject is not None:
             segment = segment or GroundedSAM(sampler.folder, sampler.device)
             mask = segment(request.source, request.subject)
             if mask is None:
                 raise BadInput(f"There is no {request.subject} to be found in {request.image}: try another noun, or --mask.")
         if mask is not None and sampler.kind != "i2v":
-            request.cutout = media.cut_out(request.source, mask)
+            request.cutout = media.cut_out(request.source, mask, request.image)
         elif sampler.kind == "sugar":
-            how = how or "pad"
-            print(f"warning: {request.image} has no transparency and neither --mask nor --subject is given: its background "
-                  f"counts as part of the subject", file=sys.stderr)
-        picture, fit = request.cutout or request.source, how or ("pad" if request.cutout else "crop")
+            warnings.append(f"warning: {request.image} has no transparency and neither --mask nor --subject is given: its "
+                            f"background counts as part of the subject")
+        picture = request.cutout or request.source
         if sampler.kind == "sugar":  # the encoders resize this square to their own size
-            request.reference = media.fit(picture, max(picture.size), max(picture.size), fit)
+            height = width = max(picture.size)
+            request.fit = how or "pad"
         else:
-            request.reference = media.fit(picture, settings.height, settings.width, fit)
+            height, width = settings.height, settings.width
+            request.fit = how or ("pad" if request.cutout else "crop")
+        request.reference = media.fit(picture, height, width, request.fit)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+
+
+def check_image_use(request: Request, sampler: Sampler) -> None:
+    """Whether the checkpoint can use the image that is given, or do without one."""
+    cut = request.mask is not None or request.subject is not None
+    if request.image is None and cut:
+        raise BadInput("--mask and --subject cut a subject out of an image: give --image as well.")
+    if request.image is None and sampler.kind == "i2v":
+        raise BadInput(f"{sampler.name} makes videos from a first frame: give --image.")
+    if request.image is not None and sampler.kind == "t2v":
+        raise BadInput(f"{sampler.name} is a plain text-to-video model and takes no image: add a Switch --adapter, or give a "
+                       f"SUGAR or an image-to-video model.")
+    if cut and sampler.kind == "i2v":
+        raise BadInput("An image-to-video model takes the whole image as first frame: --mask and --subject are for Switch and "
+                       "SUGAR.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        args = parse(argv)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and world > 1:
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
-        requests = read_requests(args)
-        for request in requests:
-            media.check_writable(request.out)
-        if args.prompts:
-            there = [request for request in requests if request.out.exists()]
-            if there and rank == 0:
-                print(f"{len(there)} of {len(requests)} videos are already there")
-            requests = [request for request in requests if request not in there][rank::world]
-        else:
-            requests = requests[rank:1]
-        if not requests:
-            return 0
-        sampler = Sampler(args.model, args.adapter, device, args.dtype)
-        settings = read_settings(args, sampler)
-        prepare_images(requests, sampler, settings, args.fit)
-        if sampler.adapter.cls != "none":
-            for request in requests:
-                request.prompt = add_cls(request.prompt, request.subject)
-        sampler.run(requests, settings, args.tile, rank)
+        sampler, settings, requests, rank = prepare(parse(argv))
+        if requests:
+            sampler.run(requests, settings, rank)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -231,6 +233,35 @@ def main(argv: list[str] | None = None) -> int:
     for request in requests:
         print(request.out)
     return 0
+
+
+def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, list[Request], int]:
+    """Everything that can be wrong, found. Returns what this process, one of several under torchrun, has to do."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and world > 1:
+        device = f"cuda:{local}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    requests = read_requests(args)
+    for request in requests:
+        media.check_writable(request.out)
+    # Shared out before looking what is there: ranks that look at different times must not see different lists.
+    requests = requests[rank::world]
+    if args.prompts is not None:
+        there = [request.out.name for request in requests if request.out.exists()]
+        requests = [request for request in requests if request.out.name not in there]
+        if there:
+            print(f"{len(there)} videos are already there ({checkpoint.some(there)})")
+    if not requests:
+        return None, None, [], rank
+    sampler = Sampler(args.model, args.adapter, device, args.dtype)
+    settings = read_settings(args, sampler)
+    prepare_images(requests, sampler, settings, args.fit)
+    return sampler, settings, requests, rank
 
 
 if __name__ == "__main__":

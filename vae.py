@@ -6,7 +6,7 @@ time; between chunks every causal convolution carries its last frames over in `c
 length of the clip.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -291,7 +291,7 @@ def read_config(folder: Path) -> VAEConfig:
     for name in ("use_quant_conv", "use_post_quant_conv", "shift_factor", "latents_mean", "latents_std"):
         if raw.get(name):
             raise BadInput(f"{folder / 'config.json'} sets {name}, which no CogVideoX VAE does and this code does not know.")
-    return VAEConfig(**{field.name: raw[field.name] for field in fields(VAEConfig) if field.name in raw})
+    return checkpoint.fill(VAEConfig, raw, folder / "config.json")
 
 
 def load_vae(folder: Path, device="cpu", dtype=torch.float32) -> VAE:

@@ -5,6 +5,7 @@ import secrets
 
 import pytest
 import torch
+from cli import checkpoint_folder, here, one_thread, sampled  # noqa: F401 (fixtures)
 
 # The five official variants, narrow and shallow, with everything that distinguishes them.
 TINY = dict(num_attention_heads=2, attention_head_dim=64, num_layers=2, text_embed_dim=32, time_embed_dim=64,

@@ -13,7 +13,7 @@ from PIL import Image
 import encoders
 import toy
 from checkpoint import BadInput
-from encoders import CLS, GroundedSAM, ImageEncoder, TextEncoder, Tokenizer, add_cls
+from encoders import CLS, GroundedSAM, ImageEncoder, TextEncoder, Tokenizer, add_cls, check_text_encoder
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +77,14 @@ def test_cls_as_a_token_is_the_first_unused_row(model, oracle):
 def test_no_row_left_for_cls(model, tmp_path):
     import shutil
 
+    from transformers import T5Config, T5EncoderModel
+
     shutil.copytree(model, tmp_path / "toy")
     config = tmp_path / "toy" / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 100}))
+    tokens = Tokenizer(model / "tokenizer").size
+    T5EncoderModel(T5Config(**{**json.loads(config.read_text()), "vocab_size": tokens})).save_pretrained(config.parent)
     with pytest.raises(BadInput, match="none is left for <cls>"):
-        TextEncoder(tmp_path / "toy", "token")
+        check_text_encoder(tmp_path / "toy", toy.TEXT_DIM, "token")
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_quotes_it(model, capsys):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_model import their_forward
 
 from checkpoint import BadInput
-from lora import (METADATA, RELEASED, SWITCH_TARGETS, Adapter, check_adapter, find_adapter, inject, load_adapter,
+from lora import (METADATA, RELEASED, SWITCH_TARGETS, Adapter, check_adapter, find_adapter, inject,
                   lora_state_dict, merge, read_adapter, save_adapter)
 from model import Config, Transformer
 
