@@ -59,13 +59,14 @@ def selective_blocks(design: str, lengths: tuple[int, int, int, int]) -> list[Bl
     return [(slice(*queries), [slice(*key) for key in keys]) for queries, keys in blocks]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None, keep: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, everything with everything, or block by block (Switch eq. 2, SUGAR Figure 4).
 
-    q, k, v: [B, heads, L, d]; returns [B, heads, L, d]. The queries in `blocks` cover 0..L in order.
+    q, k, v: [B, heads, L, d]; returns [B, heads, L, d]. The queries in `blocks` cover 0..L in order. keep: [B, L] bool,
+    without blocks only: which keys there are, sample by sample.
     """
     if blocks is None:
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if keep is None else keep[:, None, None])
     out = []
     for queries, keys in blocks:
         seen_k, seen_v = ([x[:, :, key] for key in keys] for x in (k, v))

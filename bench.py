@@ -11,14 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from model import FIXED, Config, Transformer, load_transformer
+from model import Config, Transformer, load_transformer, save_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FIVE_B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
@@ -30,9 +28,7 @@ def write_synthetic(folder: Path, config: Config) -> int:
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in Transformer(config).state_dict().items()}
     tensors = {key: torch.randn(shape, dtype=torch.bfloat16) for key, shape in tqdm(shapes.items(), "synthetic weights")}
-    known = {key: value for key, value in asdict(config).items() if key not in
-             ("dino_dim", "clip_dim", "dino_tokens", "clip_tokens", "design")}
-    checkpoint.save(folder, {"_class_name": "CogVideoXTransformer3DModel", **FIXED, **known}, tensors)
+    save_tensors(config, tensors, folder)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 

@@ -66,6 +66,12 @@ def v_prediction_loss(v: Tensor, x_0: Tensor, eps: Tensor, alpha_bar: Tensor) ->
     return (v.float() - velocity(x_0.float(), eps.float(), alpha_bar)).square().mean()
 
 
+def training_loss(predict: Callable[[Tensor, Tensor], Tensor], x_0: Tensor, eps: Tensor, t: Tensor,
+                  alpha_bar: Tensor) -> Tensor:
+    """The loss of a batch: noise it to t [B], let predict(x_t, t) say v, compare. alpha_bar: the whole schedule, [1000]."""
+    return v_prediction_loss(predict(add_noise(x_0, eps, alpha_bar[t]), t), x_0, eps, alpha_bar[t])
+
+
 # --- samplers ---------------------------------------------------------------------------------------------------------
 
 

@@ -138,16 +138,17 @@ def merge(model: nn.Module) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def save_adapter(model: nn.Module, path: Path, adapter: Adapter) -> None:
-    """Writes the adapter as `path`, or as the usual name in `path` where that is a folder. diffusers loads the file with
+def save_adapter(model: nn.Module | dict[str, Tensor], path: Path, adapter: Adapter) -> None:
+    """Writes the adapter of a model, or its lora_state_dict(), as `path`, or as the usual name in `path` where that is a folder. diffusers loads the file with
     load_lora_weights(); our settings stand beside PEFT's in its metadata."""
     file = path if path.suffix == ".safetensors" else path / FILES[0]
-    modules = sorted({key.split(".lora_")[0] for key in lora_state_dict(model)})
+    state = model if isinstance(model, dict) else lora_state_dict(model)
+    modules = sorted({key.split(".lora_")[0] for key in state})
     # PEFT's lora_dropout is left out: diffusers would not switch it off when it samples with our file.
     settings = {f"{PREFIX}r": adapter.rank, f"{PREFIX}lora_alpha": adapter.alpha, f"{PREFIX}target_modules": modules,
                 f"{PREFIX}bias": "none", f"{PREFIX}peft_type": "LORA"}
     settings |= {OURS + key: value for key, value in asdict(adapter).items() if key not in ("rank", "alpha")}
-    tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in lora_state_dict(model).items()}
+    tensors = {PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with replace_when_whole(file) as part:
         save_file(tensors, part, metadata={"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)})

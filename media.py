@@ -2,13 +2,15 @@
 
 import json
 import tempfile
+import textwrap
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from checkpoint import BadInput, replace_when_whole
@@ -132,3 +134,30 @@ def save_video(frames: np.ndarray, path: Path, fps: float, metadata: dict) -> No
                                             macro_block_size=1, output_params=options)) as writer:
                 for frame in frames:
                     writer.append_data(frame)
+
+
+def save_sheet(rows: list[tuple[Image.Image, str, np.ndarray]], stem: Path, fps: float = 8, scale: int = 2) -> None:
+    """A sheet for a person to look at: in each row a subject, a prompt, and a video, uint8 [F, H, W, 3]. stem.png shows the
+    frames side by side, stem.gif plays them."""
+    height, width = rows[0][2].shape[1] * scale, rows[0][2].shape[2] * scale
+    frames, text, gap = max(len(video) for _, _, video in rows), 230, 4
+    font = ImageFont.load_default(size=15)
+
+    def row_start(draw: ImageDraw.ImageDraw, page: Image.Image, top: int, image: Image.Image, prompt: str) -> None:
+        page.paste(fit(image, height, width, "pad"), (0, top))
+        draw.multiline_text((width + 2 * gap, top + gap), textwrap.fill(prompt, 28), fill="black", font=font)
+
+    def page(columns: int, show: Callable[[np.ndarray], list[np.ndarray]]) -> Image.Image:
+        sheet = Image.new("RGB", (width + text + columns * (width + gap), len(rows) * (height + gap)), "white")
+        draw = ImageDraw.Draw(sheet)
+        for number, (image, prompt, video) in enumerate(rows):
+            top = number * (height + gap)
+            row_start(draw, sheet, top, image, prompt)
+            for column, frame in enumerate(show(video)):
+                sheet.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST),
+                            (width + text + column * (width + gap), top))
+        return sheet
+
+    save_image(page(frames, list), stem.with_suffix(".png"))
+    playing = [np.asarray(page(1, lambda video: [video[min(i, len(video) - 1)]])) for i in range(frames)]
+    save_video(np.stack(playing), stem.with_suffix(".gif"), fps, {"prompts": [prompt for _, prompt, _ in rows]})

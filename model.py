@@ -171,15 +171,15 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.LayerNorm(config.attention_head_dim, eps=1e-6) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
 
-    def forward(self, x: Tensor, rotary, blocks, lora: slice | None) -> Tensor:
+    def forward(self, x: Tensor, rotary, blocks, keep: Tensor | None, lora: slice | None) -> Tensor:
         """x [B, L, dim]; rotary turns the last tokens of the sequence, as many as it has angles for."""
         q, k, v = (on_tokens(to, x, lora).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, d]
                    for to in (self.to_q, self.to_k, self.to_v))
         q, k = self.norm_q(q), self.norm_k(k)
         if rotary is not None:
-            still = x.shape[1] - rotary[0].shape[0]
+            still = x.shape[1] - rotary[0].shape[-2]
             q, k = (torch.cat([y[:, :, :still], apply_rotary(y[:, :, still:], *rotary)], dim=2) for y in (q, k))
-        return on_tokens(self.to_out[0], attention(q, k, v, blocks).transpose(1, 2).flatten(2), lora)
+        return on_tokens(self.to_out[0], attention(q, k, v, blocks, keep).transpose(1, 2).flatten(2), lora)
 
 
 class GELU(nn.Module):
@@ -206,13 +206,15 @@ class Block(nn.Module):
         self.norm2 = AdaLayerNormZero(config)
         self.ff = FeedForward(config)
 
-    def forward(self, text: Tensor, reference: Tensor, video: Tensor, emb: Tensor, rotary, blocks, lora: slice | None):
+    def forward(self, text: Tensor, reference: Tensor, video: Tensor, emb: Tensor, rotary, blocks, keep: Tensor | None,
+                lora: slice | None):
         """text, reference, video: [B, L_i, dim], the reference of any length from 0. Returns the three, updated.
 
+        keep: [B, L] bool, which tokens may be attended to; None is all.
         lora: the tokens of [text; reference; video] on which adapted attention and feed-forward layers act; None is all.
         """
         lengths = [text.shape[1], reference.shape[1], video.shape[1]]
-        for norm, layer in ((self.norm1, lambda x: self.attn1(x, rotary, blocks, lora)),
+        for norm, layer in ((self.norm1, lambda x: self.attn1(x, rotary, blocks, keep, lora)),
                             (self.norm2, lambda x: self.ff(x, lora))):
             x, gates = norm(text, reference, video, emb)
             updates = layer(x).split(lengths, dim=1)
@@ -254,7 +256,8 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(config.dim, config.patch_size**2 * config.patch_t * config.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, reference: Tensor | None = None, dino: Tensor | None = None,
-                clip: Tensor | None = None, keep_dino: Tensor | None = None, keep_clip: Tensor | None = None) -> Tensor:
+                clip: Tensor | None = None, keep_dino: Tensor | None = None, keep_clip: Tensor | None = None,
+                keep_reference: Tensor | None = None) -> Tensor:
         """Predicts v, [B, T, 16, H/8, W/8].
 
         x          [B, T, C, H/8, W/8] noisy latents; T a multiple of patch_t. An image-to-video model takes the first
@@ -264,6 +267,7 @@ class Transformer(nn.Module):
         reference  [B, 16, H/8, W/8] latents of the subject's image (Switch)
         dino, clip [B, N, D] tokens of the identity image (SUGAR); None is null for the whole batch
         keep_dino, keep_clip  [B] bool: False puts the null embedding in that sample's place
+        keep_reference  [B, tokens of the reference] bool: False takes that token out of the sequence (Switch 3.4)
         """
         config = self.config
         B, T, _, H, W = x.shape
@@ -291,9 +295,17 @@ class Transformer(nn.Module):
         rotary = None
         if config.use_rotary_positional_embeddings:
             rotary = self.rotary(T, H, W, reference.shape[1] > 0, x.device)
+        keep = None
+        if keep_reference is not None:  # a token that nobody may attend to is as good as gone
+            if rotary is not None:  # and where all are gone, the video is frames 0..T-1, as in the base
+                alone = [F.pad(angle, (0, 0, reference.shape[1], 0)) for angle in self.rotary(T, H, W, False, x.device)]
+                some = keep_reference.any(dim=1)[:, None, None, None]
+                rotary = [torch.where(some, angle, other) for angle, other in zip(rotary, alone)]  # [B, 1, tokens, d]
+            before, after = (torch.ones(B, part.shape[1], dtype=torch.bool, device=x.device) for part in (text, video))
+            keep = torch.cat([before, keep_reference, after], dim=1)
         lora = slice(text.shape[1], text.shape[1] + reference.shape[1]) if only_reference else None
         for block in self.transformer_blocks:
-            text, reference, video = block(text, reference, video, emb, rotary, blocks, lora)
+            text, reference, video = block(text, reference, video, emb, rotary, blocks, keep, lora)
         return self.unpatchify(self.proj_out(self.norm_out(self.norm_final(video), emb)), T, H, W)
 
     def image_tokens(self, features: Tensor | None, keep: Tensor | None, proj: nn.Linear, null: Tensor, count: int,
@@ -405,9 +417,14 @@ def init_sugar(model: Transformer, device, dtype) -> None:
 def save_transformer(model: Transformer, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Writes config.json and safetensors in the official layout; load_transformer() reads them back, SUGAR's included.
     diffusers reads a plain model, and of a SUGAR model the CogVideoX inside it."""
-    config = {"_class_name": "CogVideoXTransformer3DModel", **FIXED, **asdict(model.config)}
-    if not model.config.sugar:
-        config = {key: value for key, value in config.items() if key not in
-                  ("dino_dim", "clip_dim", "dino_tokens", "clip_tokens", "design")}
     tensors = {key: value.to(dtype or value.dtype) for key, value in model.state_dict().items() if ".lora_" not in key}
-    checkpoint.save(folder, config, tensors)
+    save_tensors(model.config, tensors, folder)
+
+
+def save_tensors(config: Config, tensors: dict[str, Tensor], folder: Path) -> None:
+    """save_transformer() for tensors that were gathered from many ranks."""
+    content = {"_class_name": "CogVideoXTransformer3DModel", **FIXED, **asdict(config)}
+    if not config.sugar:
+        content = {key: value for key, value in content.items() if key not in
+                   ("dino_dim", "clip_dim", "dino_tokens", "clip_tokens", "design")}
+    checkpoint.save(folder, content, tensors)

@@ -92,6 +92,18 @@ def test_the_reference_is_a_frame_in_front_of_the_video():
     assert relative_error(ours(x, t, text, reference=reference), longer[:, 1:]) < 1e-5
 
 
+@torch.no_grad()
+def test_reference_tokens_that_are_not_kept_are_as_good_as_removed():
+    ours = randomize(Transformer(Config(**VARIANTS["5b"])).eval())
+    x, reference, text = torch.randn(3, 3, 16, 8, 8), torch.randn(3, 16, 8, 8), torch.randn(3, 10, 32)
+    t, keep = torch.randint(0, 1000, (3,)), torch.tensor([True, False, True])[:, None].expand(3, 16)
+    mixed = ours(x, t, text, reference=reference, keep_reference=keep)
+    without = ours(x, t, text)
+    whole = ours(x, t, text, reference=reference)
+    assert relative_error(mixed[1], without[1]) < 1e-5
+    assert relative_error(mixed[[0, 2]], whole[[0, 2]]) < 1e-5 and relative_error(mixed[1], whole[1]) > 1e-4
+
+
 def adapted(config=VARIANTS["5b"], only=None):
     """A transformer with a LoRA that does something; `only` these layers."""
     ours = randomize(Transformer(Config(**config)).eval())
@@ -189,7 +201,7 @@ def test_the_model_obeys_the_mask(design, monkeypatch):
     fast = ours(**given, **images)
     mask = selective_mask(design, (12, 10, 54, 108))  # 54 tokens in each frame of 12x18 latents
 
-    def by_mask(q, k, v, blocks):
+    def by_mask(q, k, v, blocks, keep):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     monkeypatch.setattr(model_module, "attention", by_mask)

@@ -1,0 +1,161 @@
+"""What a training example is: one form for every dataset, and what the frozen networks make of it.
+
+    stream      example                                                   trains
+    pairs       two pictures of one subject, caption of the second        Switch, image phase (3.3)
+    videos      a video and its caption                                   Switch, video phase (3.4)
+    subjects    a video, its caption, the subject cut out of a frame      SUGAR, real videos (3.2)
+    triplets    the same, but the subject looks different in the image    SUGAR, synthetic videos (3.1)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import checkpoint
+import media
+import world
+from encoders import ImageEncoder, TextEncoder, add_cls
+from vae import VAE, load_vae
+
+
+@dataclass
+class Example:
+    """The common form. A picture is a video of one frame."""
+
+    video: np.ndarray  # uint8 [F, H, W, 3], what is to be generated
+    text: str
+    image: Image.Image | None = None  # of the subject: the other view (pairs), the identity image (subjects, triplets)
+    noun: str | None = None  # of the subject in the text, where the data names it
+    measure: Callable[[np.ndarray], dict[str, float]] | None = None  # exact scores of a generated video, where there are any
+
+
+class Toy:
+    """The toy's world as an endless dataset: example i is drawn from seed and i. Its subjects are those of the split."""
+
+    def __init__(self, stream: str, seed: int = 0, split: str = "train"):
+        self.stream, self.seed, self.split = stream, seed, split
+
+    def __getitem__(self, i: int) -> Example:
+        kinds = ("pairs", "videos", "subjects", "triplets")
+        rng = np.random.default_rng((self.seed, kinds.index(self.stream), self.split == "test", i))
+        if self.stream == "pairs":
+            drawn = world.sample_pair(rng, self.split)
+            return Example(drawn["target"][None], drawn["text"], Image.fromarray(drawn["reference"]), drawn["noun"])
+        if self.stream == "triplets":
+            drawn = world.sample_triplet(rng, self.split)
+            image = media.on_white(Image.fromarray(drawn["image"]))
+        else:
+            drawn, image = world.sample_masked(rng, self.split), None
+            if self.stream == "subjects":  # "object segmentation on randomly sampled frames"
+                frame = rng.integers(len(drawn["video"]))
+                mask = Image.fromarray(drawn["masks"][frame].astype(np.uint8) * 255)
+                image = media.cut_out(Image.fromarray(drawn["video"][frame]), mask)
+        return Example(drawn["video"], drawn["text"], image, world.NOUN)
+
+
+class ToyTest:
+    """Held-out subjects for validation: a portrait and a text that asks for a scene, with the exact scores of the world.
+    looks: what the texts may ask the subject to look like."""
+
+    def __init__(self, seed: int = 0, looks: tuple[str, ...] = ("plain",)):
+        self.seed, self.looks = seed, looks
+
+    def __getitem__(self, i: int) -> Example:
+        rng = np.random.default_rng((self.seed, 99, i))
+        scene = world.sample_scene(rng, "test", look=self.looks[rng.integers(len(self.looks))])
+        others = world.candidates(scene.subject, rng)
+        return Example(world.render(scene), world.caption(scene, rng), Image.fromarray(world.portrait(scene.subject)),
+                       world.NOUN, lambda video: world.score(video, scene, others))
+
+
+def shuffled(position: int, length: int, seed: int) -> int:
+    """The index of the example at `position` of a stream that goes through `length` examples again and again, each time in
+    another order."""
+    epoch, place = divmod(position, length)
+    return int(np.random.default_rng((seed, epoch)).permutation(length)[place])
+
+
+class Encoder:
+    """The frozen networks: examples -> the tensors that a transformer trains on, on the CPU in float16.
+
+    mean, std      [16, T, H/8, W/8]      posterior of the video's latents: the sample is drawn at training time
+    text           [M, D]                 T5 features
+    ref_mean, ref_std  [K, 16, H/8, W/8]  Switch: posterior of the other view, or of K frames of the video
+    dino, clip     [N, D]                 SUGAR: tokens of the identity image
+    """
+
+    def __init__(self, model: Path, cls: str, text_length: int, device, dtype: torch.dtype, sugar: bool = False,
+                 reference_frames: int = 4):
+        self.device, self.dtype, self.cls, self.reference_frames = device, dtype, cls, reference_frames
+        self.vae: VAE = load_vae(checkpoint.need(model, "vae"), device, dtype)
+        self.text_encoder = TextEncoder(model, cls, text_length, dtype)
+        self.text_encoder.t5.to(device)
+        self.image_encoders = {part: ImageEncoder(model, part, dtype) for part in ("dino", "clip")} if sugar else {}
+        for encoder in self.image_encoders.values():
+            encoder.network.to(device)
+
+    def text(self, text: str, noun: str | None = None) -> Tensor:
+        """[M, D]; with <cls> where the model is trained with it. The empty text is null and stays empty."""
+        text = add_cls(text, noun) if self.cls != "none" and text else text
+        return self.text_encoder([text])[0].cpu().half()
+
+    @torch.no_grad()
+    def posterior(self, video: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents of uint8 frames [F, H, W, 3]."""
+        pixels = torch.tensor(video).permute(3, 0, 1, 2)[None].to(self.device).float() / 127.5 - 1
+        mean, std = self.vae.encode(pixels.to(self.dtype))
+        return mean[0].cpu().half(), std[0].cpu().half()
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
+        mean, std = self.posterior(example.video)
+        encoded = {"mean": mean, "std": std, "text": self.text(example.text, example.noun)}
+        if self.image_encoders:
+            for part, encoder in self.image_encoders.items():
+                encoded[part] = encoder([example.image])[0].cpu().half()
+            return encoded
+        if example.image is not None:
+            frames = [np.asarray(example.image)]
+        elif self.reference_frames == 1:  # without random-frame selection: always the first
+            frames = [example.video[0]]
+        else:
+            frames = example.video[rng.choice(len(example.video), min(self.reference_frames, len(example.video)), False)]
+        references = [self.posterior(frame[None]) for frame in frames]
+        encoded["ref_mean"], encoded["ref_std"] = (torch.stack([r[i][:, 0] for r in references]) for i in (0, 1))
+        return encoded
+
+
+def posterior_sample(mean: Tensor, std: Tensor, g: torch.Generator) -> Tensor:
+    """A sample of the latents' posterior in float32, the noise from g."""
+    mean = mean.float()
+    return mean + std.float() * torch.randn(mean.shape, generator=g)
+
+
+class OneFrame:
+    """The dataset with a random frame of each video for the whole (SUGAR 4.3, TSF-Image)."""
+
+    def __init__(self, dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, i: int) -> Example:
+        example = self.dataset[i]
+        frame = np.random.default_rng((self.seed, 5, i)).integers(len(example.video))
+        return replace(example, video=example.video[frame : frame + 1])
+
+
+class Stream:
+    """A dataset's first `length` examples in shuffled order, encoded when first met and kept in memory."""
+
+    def __init__(self, dataset, length: int, encoder: Encoder, seed: int):
+        self.dataset, self.length, self.encoder, self.seed = dataset, length, encoder, seed
+        self.kept: dict[int, dict[str, Tensor]] = {}
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        i = shuffled(position, self.length, self.seed)
+        if i not in self.kept:
+            self.kept[i] = self.encoder(self.dataset[i], np.random.default_rng((self.seed, 7, i)))
+        return self.kept[i]

@@ -1,0 +1,170 @@
+"""The one torchrun path: start-up, sharding, and checkpoints that any number of ranks can resume.
+
+One process, `torchrun --nproc-per-node N` and several nodes run the same code: a single process is a world of one. FSDP2
+shards parameters, gradients and optimizer state in float32 and computes in bfloat16; it is applied here, from outside,
+and the model never knows.
+"""
+
+import json
+import os
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from checkpoint import BadInput, read_json
+
+
+@dataclass
+class Ranks:
+    """This process among all."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all ranks get the same answer."""
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def mean(self, value: Tensor) -> float:
+        """The mean over ranks of a scalar."""
+        value = value.detach().double().to(self.device).clone()
+        dist.all_reduce(value)
+        return (value / self.world).item()
+
+    def share(self, batch: int) -> int:
+        """Samples of a global batch that each rank takes."""
+        if batch % self.world:
+            raise BadInput(f"A batch of {batch} cannot be shared out evenly among {self.world} ranks: choose a multiple.")
+        return batch // self.world
+
+
+def start(device: str | None = None) -> Ranks:
+    """Joins the process group that torchrun's environment describes, or makes one of a single process."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    kind = (device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    if not dist.is_initialized():
+        place = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **place)
+    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(where)
+    return Ranks(rank, world, where, init_device_mesh(kind, (world,)))
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16) -> FSDPModule:
+    """FSDP2: each block is gathered for its own forward and backward pass only. Parameters stay float32, are gathered and
+    computed with in `dtype`, and gradients are averaged over ranks in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+
+
+def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tensor]:
+    """The whole tensors of a sharded model, on the CPU of every rank. All ranks must call it."""
+    return {key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+            for key, value in model.state_dict().items() if wanted(key)}
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+#
+# step-000500/           appears whole: written under another name, then renamed
+#   rank-00000.safetensors   what rank 0 holds of every tensor, sharded along dimension 0 as FSDP2 does
+#   state.json               step, positions in the data, settings; world size and sizes of the files
+
+
+def bounds(length: int, rank: int, world: int) -> tuple[int, int]:
+    """The rows of a tensor with `length` rows that a rank holds: FSDP2 cuts as torch.chunk does."""
+    size = -(-length // world)
+    return min(rank * size, length), min((rank + 1) * size, length)
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict, ranks: Ranks, keep: int) -> Path:
+    """Writes step-N in `folder`, and removes all but the last `keep`. When any rank fails, say because the disk is full, no
+    trace of it is left, the older checkpoints survive, and every rank raises."""
+    final = folder / f"step-{state['step']:06d}"
+    part, problem = folder / f".{final.name}-part", ""
+    if ranks.first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    try:
+        name = part / f"rank-{ranks.rank:05d}.safetensors"
+        save_file({key: local(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()}, name)
+    except (OSError, SafetensorError) as error:
+        problem = str(error)
+    if ranks.any(bool(problem)):
+        if ranks.first:
+            shutil.rmtree(part, ignore_errors=True)
+        last = last_checkpoint(folder)
+        raise BadInput(f"The checkpoint {final} could not be written ({problem or 'on another rank'}); the last whole one is "
+                       f"{last[0] if last else 'none'}.")
+    dist.barrier()
+    if ranks.first:
+        files = {file.name: file.stat().st_size for file in sorted(part.glob("rank-*"))}
+        rows = {key: tensor.shape[0] if tensor.dim() else 0 for key, tensor in tensors.items()}
+        (part / "state.json").write_text(json.dumps({**state, "world": ranks.world, "files": files, "rows": rows}))
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def last_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint in `folder` and its state. Broken ones are passed over, and said so."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            state = read_json(candidate / "state.json")
+            for name, size in state["files"].items():
+                if (candidate / name).stat().st_size != size:
+                    raise BadInput(f"{name} is cut short")
+            return candidate, state
+        except (BadInput, OSError, KeyError) as error:
+            print(f"warning: {candidate} is not whole ({error}); falling back to the one before", file=sys.stderr)
+    return None
+
+
+@torch.no_grad()
+def load_checkpoint(folder: Path, state: dict, tensors: dict[str, Tensor], ranks: Ranks) -> None:
+    """Fills `tensors` from a checkpoint that any number of ranks wrote: each rank reads the rows that it holds now."""
+    files = [safe_open(folder / name, "pt") for name in sorted(state["files"])]
+    for key, tensor in tensors.items():
+        target, rows = local(tensor), state["rows"].get(key)
+        if rows is None:
+            raise BadInput(f"{folder} has no {key}: it was written by a run with other settings.")
+        if rows == 0 or not isinstance(tensor, DTensor):  # not sharded: the first file has all of it
+            target.copy_(files[0].get_tensor(key))
+            continue
+        low, high = bounds(rows, ranks.rank, ranks.world)
+        for old_rank, file in enumerate(files):
+            old_low, old_high = bounds(rows, old_rank, state["world"])
+            a, b = max(low, old_low), min(high, old_high)
+            if a < b:
+                target[a - low : b - low] = file.get_slice(key)[a - old_low : b - old_low].to(target.device)

@@ -1,0 +1,155 @@
+"""SUGAR: section 3.2 of "Subject-Driven Video Customization in a Zero-Shot Manner".
+
+    python train_sugar.py                                     the toy, from its base, on a laptop
+    torchrun --nproc-per-node 8 train_sugar.py --model THUDM/CogVideoX-5b ...
+
+The whole transformer learns to see a subject through DINO and CLIP tokens, from real videos, whose subject looks as in its
+image, and from synthetic ones, whose subject looks different but hardly moves.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import distributed
+import world
+from attention import DESIGNS
+from checkpoint import BadInput
+from data import Encoder, OneFrame, Stream, Toy, ToyTest, posterior_sample
+from diffusion import alpha_bar_schedule, training_loss
+from model import load_transformer, read_config, save_tensors
+from pipeline import Settings
+from training import (DTYPES, Options, add_common, check_range, generator, options_of, settings_of, train)
+from validation import Validation
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_common(p)
+    p.add_argument("--strategy", choices=["mix", "ts", "tsf"], default="tsf", help="Figure 6 (default: %(default)s)")
+    p.add_argument("--p", type=float, default=0.5,
+                   help="probability of the synthetic videos, in the second stage of ts and tsf (default: %(default)s)")
+    p.add_argument("--design", choices=list(DESIGNS), default="b", help="attention, Figure 4 (default: %(default)s)")
+    p.add_argument("--synthetic", choices=["video", "image"], default="video", help="image is Figure 7's TSF-Image")
+    p.add_argument("--batch", type=int, default=16, help="64 for official weights, our guess (default: %(default)s)")
+    p.add_argument("--real", type=int, default=800, help="real videos to train on (default: %(default)s)")
+    p.add_argument("--triplets", type=int, default=800, help="synthetic triplets to train on (default: %(default)s)")
+    for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
+        p.add_argument(f"--drop-{name}", type=float, default=probability,
+                       help=f"probability that {name} is null, for guidance (default: %(default)s)")
+    Options.add_to(p, out=Path("runs/sugar"), steps=1000, lr=3e-4, warmup=50, micro_batch=16)
+    return p.parse_args(argv)
+
+
+@dataclass
+class Stage:
+    """One training run: from `start`, with synthetic videos at probability p."""
+
+    name: str
+    p: float
+    frozen: bool = False  # the first half of the transformer's blocks
+
+
+def stages_of(args: argparse.Namespace) -> list[Stage]:
+    """SUGAR-Mix, -TS and -TSF: each stage takes --steps."""
+    if args.strategy == "mix":
+        return [Stage("mix", args.p)]
+    return [Stage("real", 0.0), Stage("mixed", args.p, frozen=args.strategy == "tsf")]
+
+
+def run(args: argparse.Namespace) -> None:
+    ranks = distributed.start(args.device)
+    check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets"))
+    ranks.share(args.batch)
+    folder = checkpoint.resolve(args.model)
+    config = read_config(checkpoint.need(folder, "transformer"))
+    if config.image_to_video:
+        raise BadInput(f"SUGAR cannot stand on {args.model}, an image-to-video model: it needs a text-to-video base.")
+    encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, torch.float32, sugar=True)
+    image = {f"{part}_{name}": value for part, network in encoder.image_encoders.items() for name, value in
+             (("dim", network.network.config.hidden_size), ("tokens", network.tokens))}
+    triplets = Toy("triplets", args.seed)
+    streams = {"real": Stream(Toy("subjects", args.seed), args.real, encoder, args.seed),
+               "synthetic": Stream(OneFrame(triplets, args.seed) if args.synthetic == "image" else triplets, args.triplets,
+                                   encoder, args.seed)}
+    weights = checkpoint.need(folder, "transformer")
+    for stage in stages_of(args):
+        out = args.out / stage.name
+        if not (args.resume and (out / "transformer").is_dir()):
+            if not train_stage(stage, weights, out, args, ranks, folder, encoder, streams, {**image, "design": args.design}):
+                return  # stopped by a signal
+        weights = out / "transformer"
+    if ranks.first:
+        shutil.rmtree(args.out / "transformer", ignore_errors=True)
+        shutil.copytree(weights, args.out / "transformer")
+        base = str(folder.resolve()) if Path(args.model).is_dir() else args.model
+        (args.out / "model_index.json").write_text(json.dumps({"base": base}) + "\n")
+        print(f"wrote {args.out}: python sample.py --model {args.out} ...")
+
+
+def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace, ranks: distributed.Ranks, folder: Path,
+                encoder: Encoder, streams: dict[str, Stream], sugar: dict) -> bool:
+    """Trains one stage and writes its transformer below `out`. Returns whether it came to its end."""
+    dtype, null = DTYPES[args.dtype], encoder.text("")
+    torch.manual_seed(args.seed)  # for the projections that a plain base lacks
+    model = load_transformer(weights, ranks.device, **sugar)
+    if stage.frozen:  # "the first half of the model layers"
+        for block in model.transformer_blocks[: len(model.transformer_blocks) // 2]:
+            block.requires_grad_(False)
+    distributed.shard(model, list(model.transformer_blocks), ranks, dtype)
+    alpha_bar = alpha_bar_schedule(checkpoint.read_json(checkpoint.need(folder, "scheduler") / "scheduler_config.json"))
+    alpha_bar = alpha_bar.to(ranks.device)
+
+    def plan(step: int) -> tuple[str, int]:
+        """p is "the probability of sampling from the synthetic dataset": drawn for each step, on all ranks alike."""
+        u = torch.rand((), generator=generator(args.seed, stage.name, step)).item()
+        return "synthetic" if u < stage.p else "real", args.batch
+
+    def loss_of(stream: str, positions: list[int]) -> Tensor:
+        samples = zip(*(draw(stream, position) for position in positions))
+        x_0, eps, t, text, dino, clip, keep_dino, keep_clip = (torch.stack(part).to(ranks.device) for part in samples)
+        predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), dino=dino.to(dtype), clip=clip.to(dtype),
+                                       keep_dino=keep_dino, keep_clip=keep_clip)
+        return training_loss(predict, x_0, eps, t, alpha_bar)
+
+    def draw(stream: str, position: int) -> tuple[Tensor, ...]:
+        """A training sample: x_0 and eps [T, 16, h, w], t, text (or null), DINO and CLIP tokens and whether they are kept."""
+        encoded, g = streams[stream][position], generator(args.seed, stage.name, stream, position)
+        x_0 = encoder.vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
+        drop_dino, drop_clip, drop_text = torch.rand(3, generator=g) < torch.tensor(
+            [args.drop_dino, args.drop_clip, args.drop_text])  # independently
+        t, eps = torch.randint(len(alpha_bar), (), generator=g), torch.randn(x_0.shape, generator=g)
+        text = null if drop_text else encoded["text"]
+        return x_0, eps, t, text, encoded["dino"], encoded["clip"], ~drop_dino, ~drop_clip
+
+    settings = Settings(0, 0, 0, 8, "ddim", steps=20, omega_image=2.5, omega_text=5.0)
+    validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed, tuple(world.LOOKS)), out, ranks, dtype,
+                            settings=settings)
+    state = train(model, options_of(args, out=out), ranks, plan, loss_of, validation,
+                  settings_of(args, stage=stage.name, weights=str(weights)))
+    if state.step < args.steps:
+        return False
+    tensors = distributed.full_state_dict(model)
+    if ranks.first:
+        save_tensors(model.config, tensors, out / "transformer")
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

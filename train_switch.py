@@ -1,0 +1,140 @@
+"""Switch: Algorithm 1 of "Subject-driven Video Generation via Disentangled Identity and Motion".
+
+    python train_switch.py                                    the toy, from its base, on a laptop
+    torchrun --nproc-per-node 8 train_switch.py --model THUDM/CogVideoX-5b ...
+
+A LoRA on a frozen text-to-video base learns from two streams that have nothing to do with each other: pairs of pictures teach
+who the subject is, plain videos keep alive how things move. Every step draws one of them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import distributed
+from checkpoint import BadInput
+from data import Encoder, Stream, Toy, ToyTest, posterior_sample
+from diffusion import alpha_bar_schedule, training_loss
+from lora import Adapter, inject, save_adapter
+from model import load_transformer
+from pipeline import switch_stands_on
+from training import (DTYPES, Options, add_common, check_range, generator, options_of, settings_of, train)
+from validation import Validation
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_common(p)
+    p.add_argument("--strategy", choices=["switch", "image-only", "two-stage", "video-only"], default="switch",
+                   help="Table 2; video-only is Table 3's base: no reference, no <cls>, p x steps (default: %(default)s)")
+    p.add_argument("--p", type=float, default=0.2, help="probability of the video phase (default: %(default)s)")
+    p.add_argument("--image-batch", type=int, default=32, help="the paper's is 256 (default: %(default)s)")
+    p.add_argument("--video-batch", type=int, default=8, help="the paper's is 32 (default: %(default)s)")
+    p.add_argument("--images", type=int, default=4000, help="pairs to train on (default: %(default)s)")
+    p.add_argument("--videos", type=int, default=400, help="videos to train on; Table 7 (default: %(default)s)")
+    p.add_argument("--reference-frame", choices=["random", "first"], default="random", help="Figure 6 (default: %(default)s)")
+    p.add_argument("--reference-drop", type=float, default=0.1,
+                   help="video phase: probability that the reference is dropped; 1 is Table 6's T2V (default: %(default)s)")
+    p.add_argument("--reference-drop-unit", choices=["reference", "token"], default="reference",
+                   help="what is dropped: the whole reference, or each of its tokens for itself (default: %(default)s)")
+    p.add_argument("--no-cls", action="store_true", help="no <cls> in the prompt; Table 5")
+    p.add_argument("--rank", type=int, default=32, help="of the LoRA; the paper's is 128 (default: %(default)s)")
+    p.add_argument("--alpha", type=float, default=32.0, help="of the LoRA; the authors' is 64 at rank 128 (default: %(default)s)")
+    p.add_argument("--dropout", type=float, default=0.1, help="of the LoRA (default: %(default)s)")
+    p.add_argument("--norm-lora", choices=["reference", "all"], default="reference", help="whose norm is adapted; 3.3")
+    p.add_argument("--lora-tokens", choices=["all", "reference"], default="all", help="on whom the other LoRAs act")
+    Options.add_to(p, out=Path("runs/switch"), steps=2000, lr=1e-3, warmup=50, micro_batch=16)
+    return p.parse_args(argv)
+
+
+def phase_of(step: int, args: argparse.Namespace) -> str:
+    """Algorithm 1, "Sample u ~ U(0, 1); if u < p": "video" or "image". The same on every rank and in a resumed run."""
+    if args.strategy == "image-only":
+        return "image"
+    if args.strategy == "video-only":
+        return "video"
+    if args.strategy == "two-stage":  # as many steps of each as switching takes on average, one after the other
+        return "image" if step < round((1 - args.p) * args.steps) else "video"
+    u = torch.rand((), generator=generator(args.seed, "switch", step)).item()
+    return "video" if u < args.p else "image"
+
+
+def run(args: argparse.Namespace) -> None:
+    ranks = distributed.start(args.device)
+    if args.strategy == "video-only":
+        args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
+    check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"))
+    for batch in (args.image_batch, args.video_batch):
+        ranks.share(batch)
+    dtype = DTYPES[args.dtype]
+    adapter = Adapter(args.rank, args.alpha, args.dropout, args.norm_lora, args.lora_tokens, "none" if args.no_cls else "token")
+
+    # The base is frozen; a LoRA is injected.
+    folder = checkpoint.resolve(args.model)
+    model = load_transformer(checkpoint.need(folder, "transformer"), ranks.device)
+    if not switch_stands_on(model.config) or model.config.sugar:
+        raise BadInput(f"Switch cannot stand on {args.model}: it needs a text-to-video base with rotary positions and a "
+                       f"temporal patch of 1, that is CogVideoX-5b or the toy.")
+    model.requires_grad_(False)
+    torch.manual_seed(args.seed)
+    inject(model, adapter.rank, adapter.alpha, adapter.dropout)
+    model.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
+    distributed.shard(model, list(model.transformer_blocks), ranks, dtype)
+    config = model.config
+    alpha_bar = alpha_bar_schedule(checkpoint.read_json(checkpoint.need(folder, "scheduler") / "scheduler_config.json"))
+    alpha_bar = alpha_bar.to(ranks.device)
+
+    # The two data sets: D_S2I and D_vid.
+    encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device, torch.float32,
+                      reference_frames=1 if args.reference_frame == "first" else 4)
+    streams = {"image": Stream(Toy("pairs", args.seed), args.images, encoder, args.seed),
+               "video": Stream(Toy("videos", args.seed), args.videos, encoder, args.seed)}
+
+    def plan(step: int) -> tuple[str, int]:
+        phase = phase_of(step, args)
+        return phase, args.image_batch if phase == "image" else args.video_batch
+
+    def loss_of(phase: str, positions: list[int]) -> Tensor:
+        """L_img or L_vid (Switch eq. 4): v-prediction of X_out given X_in and C_T."""
+        samples = zip(*(draw(phase, position) for position in positions))
+        x_0, eps, t, text, reference, keep = (torch.stack(part).to(ranks.device) for part in samples)
+        dropped = {} if phase == "image" else {"keep_reference": keep}
+        predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), reference=reference.to(dtype), **dropped)
+        return training_loss(predict, x_0, eps, t, alpha_bar)
+
+    def draw(phase: str, position: int) -> tuple[Tensor, ...]:
+        """A training sample: x_0 and eps [T, 16, h, w], t, text, reference [16, h, w], which of its tokens are kept."""
+        encoded, g = streams[phase][position], generator(args.seed, phase, position)
+        x_0 = encoder.vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)  # X_out
+        frame = torch.randint(len(encoded["ref_mean"]), (), generator=g)  # RandomFrameSelect
+        reference = encoder.vae.scale(posterior_sample(encoded["ref_mean"][frame], encoded["ref_std"][frame], g))  # X_in
+        tokens = reference.shape[1] * reference.shape[2] // config.patch_size**2
+        drop = torch.rand(tokens if args.reference_drop_unit == "token" else 1, generator=g) < args.reference_drop
+        t, eps = torch.randint(len(alpha_bar), (), generator=g), torch.randn(x_0.shape, generator=g)
+        return x_0, eps, t, encoded["text"], reference, ~drop.expand(tokens)  # RandomImageDrop
+
+    validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed), args.out, ranks, dtype,
+                            with_reference=args.strategy != "video-only")
+    state = train(model, options_of(args), ranks, plan, loss_of, validation, settings_of(args))
+    if state.step == args.steps:
+        tensors = distributed.full_state_dict(model, lambda key: ".lora_A." in key or ".lora_B." in key)
+        if ranks.first:
+            save_adapter(tensors, args.out, adapter)
+            print(f"wrote {args.out}/pytorch_lora_weights.safetensors: python sample.py --adapter {args.out} ...")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The training loop that both papers' trainers share. A trainer hands it three functions: which batch a step takes, the loss
+of some samples, and a validation picture; everything else, here once: ranks, accumulation, schedule, clipping, EMA, metrics,
+checkpoints, resuming.
+
+Nothing is random but by number: the branch of a step, the order of the data, and each sample's frame, noise, timestep and
+dropping follow from (seed, stream, position). So a resumed run is the uninterrupted run, bit for bit, and N ranks draw what
+one rank draws. What is left to torch's own generator (LoRA's dropout) is seeded anew at every step.
+"""
+
+import argparse
+import json
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from checkpoint import BadInput
+from distributed import Ranks, last_checkpoint, load_checkpoint, save_checkpoint
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Options:
+    """The flags of every trainer; each trainer has defaults of its own."""
+
+    out: Path
+    steps: int
+    lr: float
+    seed: int = 0
+    warmup: int = 0
+    weight_decay: float = 0.01
+    beta2: float = 0.95
+    clip: float = 1.0
+    micro_batch: int = 8
+    ema: float = 0.0
+    save_every: int = 500
+    keep: int = 3
+    validate_every: int = 500
+    max_skipped: int = 10
+    resume: bool = True
+
+    @staticmethod
+    def add_to(parser: argparse.ArgumentParser, **defaults) -> None:
+        help = {"out": "folder for checkpoints, metrics.jsonl and validation sheets", "steps": "optimizer steps",
+                "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up",
+                "clip": "largest gradient norm", "micro_batch": "samples a rank takes at a time; the global batch does not "
+                "depend on it", "ema": "decay of an exponential moving average of the weights; 0 is none",
+                "keep": "checkpoints that are kept", "max_skipped": "steps with a loss that is not finite before stopping"}
+        for name, option in Options.__dataclass_fields__.items():
+            default = defaults.get(name, option.default if option.default is not None else None)
+            if name == "resume":
+                parser.add_argument("--restart", dest="resume", action="store_false", help="ignore checkpoints in --out")
+            else:
+                parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default,
+                                    help=f"{help.get(name, '')} (default: {default})".strip())
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The flags of every trainer that are not the loop's."""
+    parser.add_argument("--model", default="checkpoints/toy", help="the base: a folder or a hub id (default: %(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the computation (default: %(default)s)")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+
+
+def options_of(args: argparse.Namespace, **changes) -> Options:
+    return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__} | changes)
+
+
+def settings_of(args: argparse.Namespace, **more) -> dict:
+    """What makes a run what it is: the flags without those that change neither weights nor metrics."""
+    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "resume", "max_skipped"}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
+
+
+def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts: tuple[str, ...]) -> None:
+    for name in probabilities:
+        if not 0 <= getattr(args, name) <= 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a probability from 0 to 1.")
+    for name in (*counts, "steps", "micro_batch", "save_every", "validate_every", "keep"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
+
+
+@dataclass
+class State:
+    """Where a run is: all that is not a tensor. There is no random state, see above."""
+
+    step: int = 0
+    positions: dict[str, int] = field(default_factory=dict)  # samples taken from each stream of data
+    skipped: int = 0
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A generator that depends on nothing but the key."""
+    words = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in key]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+
+
+def learning_rate(step: int, options: Options) -> float:
+    """Linear warm-up, then a cosine to zero at the last step."""
+    if step < options.warmup:
+        return options.lr * (step + 1) / options.warmup
+    progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
+    return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int], tuple[str, int]],
+          loss_of: Callable[[str, list[int]], Tensor], validate: Callable[[int], None], settings: dict) -> State:
+    """Trains the parameters of `model` that require a gradient.
+
+    plan(step) -> (stream, global batch): what a step trains on, the same on every rank.
+    loss_of(stream, positions) -> mean loss of those samples of the stream.
+    validate(step): called on every rank, as sampling from a sharded model needs them all.
+    settings: what a resumed run must share with the one that it continues.
+    """
+    folder, trained = options.out / "checkpoints", {k: p for k, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, betas=(0.9, options.beta2), eps=1e-8,
+                                  weight_decay=options.weight_decay)
+    average = {key: p.detach().clone() for key, p in trained.items()} if options.ema else {}
+    tensors = state_tensors(trained, optimizer, average)
+    state, metrics = State(), options.out / "metrics.jsonl"
+    found = last_checkpoint(folder) if options.resume else None
+    if found is not None:
+        check_settings(found[1]["settings"], settings, options.out)
+        load_checkpoint(*found, tensors, ranks)
+        state = State(**{key: found[1][key] for key in asdict(state)})
+    if ranks.first:
+        keep_metrics(metrics, state.step)
+    stop = stop_on_signal()
+    bar = tqdm(total=options.steps, initial=state.step, unit="step", disable=not ranks.first, dynamic_ncols=True)
+    saved, clock, done = state.step, time.perf_counter(), 0
+    while state.step < options.steps:
+        stream, batch = plan(state.step)
+        first = state.positions.get(stream, 0)
+        share = ranks.share(batch)
+        mine = range(first + ranks.rank * share, first + (ranks.rank + 1) * share)
+        torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank).initial_seed())
+        model.train()
+        total = torch.zeros((), dtype=torch.float64)
+        for low in range(0, share, options.micro_batch):
+            part = list(mine[low : low + options.micro_batch])
+            if hasattr(model, "set_requires_gradient_sync"):  # gradients meet once a step, after the last part
+                model.set_requires_gradient_sync(low + options.micro_batch >= share)
+            loss = loss_of(stream, part) * (len(part) / share)
+            loss.backward()
+            total += loss.detach().double().cpu()
+        loss = ranks.mean(total)
+        norm = clip_grad_norm_(trained.values(), options.clip)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state.step, options)
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            for key, mean in average.items():
+                mean.lerp_(trained[key].detach(), 1 - options.ema)
+        else:
+            state.skipped += 1
+            if state.skipped > options.max_skipped:
+                raise BadInput(f"The loss was not finite for {state.skipped} steps, the last one step {state.step} on {stream} "
+                               f"samples {first} to {first + batch - 1}: lower --lr, or look at those samples.")
+        optimizer.zero_grad(set_to_none=True)
+        state.positions[stream] = first + batch
+        line = {"step": state.step, "stream": stream, "loss": loss, "lr": learning_rate(state.step, options),
+                "grad_norm": norm, "samples": sum(state.positions.values()), "skipped": state.skipped}
+        state.step, done = state.step + 1, done + batch
+        if ranks.first:
+            with metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        bar.update()
+        bar.set_postfix_str(f"{stream} loss {loss:.4f}, {done / (time.perf_counter() - clock):.1f} samples/s, "
+                            f"{peak_memory(ranks) / 2**30:.1f} GiB")
+        stopping = ranks.any(stop.asked)  # asked once a step: all ranks must come to one decision
+        if state.step % options.save_every == 0 or state.step == options.steps or stopping:
+            save_checkpoint(folder, tensors, {**asdict(state), "settings": settings}, ranks, options.keep)
+            saved = state.step
+        if stopping:
+            break
+        if state.step % options.validate_every == 0 or state.step == options.steps:
+            model.eval()
+            validate(state.step)
+    bar.close()
+    if ranks.first and state.step < options.steps:
+        print(f"stopped by a signal after step {saved}; the same command goes on from there", file=sys.stderr)
+    if average:  # the averaged weights are what a finished run hands on
+        with torch.no_grad():
+            for key, mean in average.items():
+                trained[key].copy_(mean)
+    return state
+
+
+def state_tensors(trained: dict[str, Tensor], optimizer: torch.optim.AdamW, average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds, by name; AdamW's are created here, so that there is something to load into."""
+    tensors = {f"model.{key}": p for key, p in trained.items()} | {f"ema.{key}": p for key, p in average.items()}
+    for key, p in trained.items():
+        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        tensors |= {f"adamw.{name}.{key}": tensor for name, tensor in optimizer.state[p].items()}
+    return tensors
+
+
+def check_settings(old: dict, new: dict, out: Path) -> None:
+    """Raises where a run would be resumed with other settings than it was begun with."""
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise BadInput(f"{out} holds a run with {name} = {old.get(name)}, and now it is {new.get(name)}: choose another "
+                           f"--out, or --restart to begin anew.")
+
+
+def keep_metrics(file: Path, step: int) -> None:
+    """Drops the lines that a killed run wrote after its last checkpoint; they will be written again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    file.write_text("".join(lines[:step]), encoding="utf-8")
+
+
+def peak_memory(ranks: Ranks) -> int:
+    """The most memory that this process has held, in bytes: of the GPU, or of the host where there is none."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class stop_on_signal:
+    """Notes SIGTERM, so that the step is finished and saved before the process ends."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, *_) -> None:
+        self.asked = True
+
+
