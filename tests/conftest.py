@@ -3,6 +3,8 @@
 import os
 import secrets
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take the processor from the others
+
 import pytest
 import torch
 from cli import checkpoint_folder, here, one_thread, sampled  # noqa: F401 (fixtures)

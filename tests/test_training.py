@@ -1,0 +1,268 @@
+"""Both trainers: resumed is uninterrupted, two ranks are one, the branches and rates are those asked for, and who learns."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli import ROOT
+from safetensors.torch import load_file
+
+import distributed
+import toy
+import train_sugar
+import train_switch
+from checkpoint import BadInput
+from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
+from distributed import bounds, last_checkpoint
+from training import Options, generator, learning_rate
+
+SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --p 0.4 --lr 0.01"
+SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001"
+QUIET = "--validate-every 1000 --save-every 2"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An untrained toy with a model that is quicker still."""
+    folder = tmp_path_factory.mktemp("base") / "toy"
+    toy.init(folder)
+    return folder
+
+
+def command(script: str, base: Path, out: Path, arguments: str, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, str(ROOT / script), "--model", str(base), "--out", str(out), "--device", "cpu", *QUIET.split(),
+            *arguments.split()]
+
+
+def start(*args, **kwargs) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.Popen(command(*args, **kwargs), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    return out + err
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    [file] = [f for f in (out / "pytorch_lora_weights.safetensors", *out.glob("transformer/*.safetensors")) if f.exists()]
+    return load_file(file)
+
+
+def metrics(out: Path) -> list[dict]:
+    [file] = list(out.glob("metrics.jsonl")) + list(out.glob("*/metrics.jsonl"))
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def kill_after(process: subprocess.Popen, out: Path, lines: int, signum: int) -> None:
+    """Sends the signal as soon as that many steps are in metrics.jsonl."""
+    for _ in range(4000):
+        written = sum(len(f.read_text().splitlines()) for f in [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl")])
+        if written >= lines or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.send_signal(signum)
+
+
+@pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH), ("train_sugar.py", SUGAR)])
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(script, arguments, base, tmp_path, seed):
+    arguments += f" --steps 7 --seed {seed % 1000}"
+    whole = start(script, base, tmp_path / "whole", arguments)
+    killed = start(script, base, tmp_path / "killed", arguments)
+    kill_after(killed, tmp_path / "killed", 1 + seed % 5, signal.SIGKILL)
+    killed.communicate()
+    finish(start(script, base, tmp_path / "killed", arguments))
+    finish(whole)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_sigterm_saves_and_exits_0_and_other_settings_are_refused_by_name(base, tmp_path):
+    process = start("train_switch.py", base, tmp_path / "run", SWITCH + " --steps 500 --save-every 400")
+    kill_after(process, tmp_path / "run", 3, signal.SIGTERM)
+    assert "goes on from there" in finish(process)
+    folder, state = last_checkpoint(tmp_path / "run" / "checkpoints")
+    assert state["step"] == len(metrics(tmp_path / "run")) >= 3
+    again = start("train_switch.py", base, tmp_path / "run", SWITCH.replace("--p 0.4", "--p 0.3") + " --steps 500")
+    out, err = again.communicate()
+    assert again.returncode == 2 and "with p = 0.4, and now it is 0.3" in err
+
+
+@pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH), ("train_sugar.py", SUGAR)])
+def test_two_ranks_are_one_rank_and_what_two_saved_one_resumes(script, arguments, base, tmp_path):
+    arguments += " --dtype fp32" + (" --dropout 0" if "switch" in script else "")
+    finish(start(script, base, tmp_path / "one", arguments + " --steps 5"))
+    finish(start(script, base, tmp_path / "two", arguments + " --steps 5", ranks=2))
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours["stream"] == theirs["stream"] and ours["samples"] == theirs["samples"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all((one[key] - two[key]).norm() <= 2e-3 * one[key].norm() + 1e-6 for key in one)
+    # One rank goes on from what two ranks have saved: the last checkpoint is taken away, step 5 is done again.
+    for folder in [tmp_path / "two", *(tmp_path / "two").glob("m*")]:
+        if (folder / "checkpoints" / "step-000005").exists():
+            (folder / "checkpoints" / "step-000005" / "state.json").unlink()
+    for finished in (tmp_path / "two").glob("*/transformer"):
+        import shutil
+
+        shutil.rmtree(finished)
+    said = finish(start(script, base, tmp_path / "two", arguments + " --steps 5"))
+    assert "falling back to the one before" in said
+    resumed = weights(tmp_path / "two")
+    assert all((resumed[key] - two[key]).norm() <= 2e-3 * two[key].norm() + 1e-6 for key in two)
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def switch(arguments: str):
+    return train_switch.parse(arguments.split())
+
+
+def test_the_switch_is_thrown_with_probability_p_and_by_number(seed):
+    args = switch(f"--p 0.2 --seed {seed}")
+    phases = [train_switch.phase_of(step, args) for step in range(3000)]
+    share = phases.count("video") / len(phases)
+    assert abs(share - 0.2) < 4 * math.sqrt(0.2 * 0.8 / 3000)
+    assert phases == [train_switch.phase_of(step, args) for step in range(3000)]
+    assert phases != [train_switch.phase_of(step, switch(f"--p 0.2 --seed {seed + 1}")) for step in range(3000)]
+
+
+def test_strategies_of_switch():
+    phases = lambda more: [train_switch.phase_of(step, switch(f"--steps 10 --p 0.2 {more}")) for step in range(10)]
+    assert phases("--strategy image-only") == ["image"] * 10 and phases("--strategy video-only") == ["video"] * 10
+    assert phases("--strategy two-stage") == ["image"] * 8 + ["video"] * 2
+
+
+def test_stages_of_sugar():
+    stages = lambda arguments: [(s.p, s.frozen) for s in train_sugar.stages_of(train_sugar.parse(arguments.split()))]
+    assert stages("--strategy mix --p 0") == [(0, False)] and stages("--strategy mix --p 1") == [(1, False)]
+    assert stages("--strategy ts") == [(0, False), (0.5, False)]
+    assert stages("--strategy tsf") == [(0, False), (0.5, True)]
+
+
+def test_an_epoch_meets_every_example_once(seed):
+    for epoch in range(3):
+        met = [shuffled(epoch * 17 + i, 17, seed) for i in range(17)]
+        assert sorted(met) == list(range(17))
+    assert [shuffled(i, 17, seed) for i in range(17)] != [shuffled(17 + i, 17, seed) for i in range(17)]
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine():
+    options = Options(out=Path("x"), steps=110, lr=2.0, warmup=10)
+    assert learning_rate(0, options) == pytest.approx(0.2) and learning_rate(9, options) == 2.0
+    assert learning_rate(10, options) == 2.0 and learning_rate(60, options) == pytest.approx(1.0)
+    assert learning_rate(109, options) < 0.001
+
+
+def test_generators_depend_on_the_key_alone():
+    draw = lambda *key: torch.rand(3, generator=generator(*key)).tolist()
+    assert draw(1, "image", 5) == draw(1, "image", 5)
+    assert len({tuple(draw(*key)) for key in ((1, "image", 5), (1, "image", 6), (1, "video", 5), (2, "image", 5))}) == 4
+
+
+@pytest.mark.parametrize("length,world", [(10, 3), (7, 8), (64, 2), (1, 4)])
+def test_shards_are_cut_as_torch_cuts_them(length, world):
+    chunks = list(torch.arange(length).chunk(world)) + [torch.empty(0)] * world
+    for rank in range(world):
+        low, high = bounds(length, rank, world)
+        assert list(range(low, high)) == chunks[rank].tolist()
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoders(base):
+    return {sugar: Encoder(base, "none" if sugar else "token", toy.TOKENS, "cpu", torch.float32, sugar=sugar)
+            for sugar in (False, True)}
+
+
+@pytest.mark.parametrize("stream,sugar", [("pairs", False), ("videos", False), ("subjects", True), ("triplets", True)])
+def test_what_an_example_is_encoded_to(stream, sugar, encoders):
+    example = Toy(stream)[3]
+    again = Toy(stream)[3]
+    assert np.array_equal(example.video, again.video) and example.text == again.text
+    encoded = Stream(Toy(stream), 5, encoders[sugar], seed=1)[0]
+    T = 1 if stream == "pairs" else 3
+    assert encoded["mean"].shape == encoded["std"].shape == (16, T, 8, 8)
+    assert encoded["text"].shape == (toy.TOKENS, toy.TEXT_DIM)
+    if sugar:
+        assert encoded["dino"].shape == encoded["clip"].shape == (65, toy.IMAGE_DIM)
+    else:
+        assert encoded["ref_mean"].shape == ((1 if stream == "pairs" else 4), 16, 8, 8)
+    assert {value.dtype for value in encoded.values()} == {torch.float16}
+
+
+def test_a_random_frame_is_one_of_the_video_and_first_is_the_first(base, encoders):
+    example = Toy("videos")[0]
+    frames = [encoders[False].posterior(frame[None])[0][:, 0] for frame in example.video]
+    encoded = encoders[False](example, np.random.default_rng(0))
+    assert all(any(torch.equal(ours, frame) for frame in frames) for ours in encoded["ref_mean"])
+    first = Encoder(base, "token", toy.TOKENS, "cpu", torch.float32, reference_frames=1)
+    assert torch.equal(first(example, np.random.default_rng(0))["ref_mean"][0], frames[0])
+
+
+def test_one_frame_is_a_frame_of_the_video():
+    whole, one = Toy("triplets")[2], OneFrame(Toy("triplets"), 0)[2]
+    assert one.video.shape[0] == 1 and any(np.array_equal(one.video[0], frame) for frame in whole.video)
+
+
+def test_the_posterior_is_sampled_with_its_deviation(seed):
+    g = torch.Generator().manual_seed(seed)
+    mean, std = torch.full((20000,), 3.0), torch.full((20000,), 0.5)
+    sample = posterior_sample(mean, std, g)
+    assert abs(sample.mean() - 3) < 0.02 and abs(sample.std() - 0.5) < 0.02
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("main,arguments,phrase", [
+    (train_switch.main, "--p 1.5", "--p 1.5: choose a probability"),
+    (train_switch.main, "--p -0.1", "--p -0.1: choose a probability"),
+    (train_switch.main, "--reference-drop 2", "--reference-drop 2.0"),
+    (train_switch.main, "--image-batch 0", "--image-batch 0: choose 1 or more"),
+    (train_switch.main, "--steps 0", "--steps 0: choose 1 or more"),
+    (train_switch.main, "--model nowhere", "There is no folder nowhere"),
+    (train_switch.main, "--model {base}/i2v", "Switch cannot stand on"),
+    (train_switch.main, "--model {base}/sugar", "Switch cannot stand on"),
+    (train_sugar.main, "--p 1.5", "--p 1.5: choose a probability"),
+    (train_sugar.main, "--drop-dino 3", "--drop-dino 3.0: choose a probability"),
+    (train_sugar.main, "--model {base}/i2v", "SUGAR cannot stand on"),
+])
+def test_bad_input_is_one_sentence_before_any_training(main, arguments, phrase, base, tmp_path, capfd):
+    status = main(f"{arguments.format(base=base)} --out {tmp_path / 'run'} --device cpu".split()
+                  if "--model" in arguments else f"{arguments} --model {base} --out {tmp_path / 'run'} --device cpu".split())
+    errors = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert status == 2 and len(errors) == 1 and errors[0].startswith("error: ") and phrase in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    ranks = distributed.Ranks(0, 3, torch.device("cpu"), None)
+    assert ranks.share(9) == 3
+    with pytest.raises(BadInput, match="8 cannot be shared out evenly among 3 ranks"):
+        ranks.share(8)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_stops_in_the_end(base, tmp_path):
+    process = start("train_switch.py", base, tmp_path / "run", SWITCH + " --steps 9 --lr 1e30 --clip 1e30 --max-skipped 2")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert re.search(r"not finite for 3 steps, the last one step \d+ on (image|video) samples", err)
