@@ -41,11 +41,14 @@ class Toy:
         self.stream, self.seed, self.split = stream, seed, split
 
     def __getitem__(self, i: int) -> Example:
-        kinds = ("pairs", "videos", "subjects", "triplets")
+        kinds = ("pairs", "videos", "subjects", "triplets", "styled")
         rng = np.random.default_rng((self.seed, kinds.index(self.stream), self.split == "test", i))
         if self.stream == "pairs":
             drawn = world.sample_pair(rng, self.split)
             return Example(drawn["target"][None], drawn["text"], Image.fromarray(drawn["reference"]), drawn["noun"])
+        if self.stream == "styled":  # what the base is trained on: it must know every look
+            drawn = world.sample_video(rng, self.split, tuple(world.LOOKS))
+            return Example(drawn["video"], drawn["text"])
         if self.stream == "triplets":
             drawn = world.sample_triplet(rng, self.split)
             image = media.on_white(Image.fromarray(drawn["image"]))

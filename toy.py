@@ -1,33 +1,49 @@
-"""The toy: a complete checkpoint in the official layout, small enough for a laptop.
+"""The toy: a complete checkpoint in the official layout, trained on the toy's world by this repository's own code.
 
-    python toy.py init [--out checkpoints/toy]     writes it untrained: everything runs, its pixels mean nothing yet
+    python toy.py init                         writes it untrained: everything runs, its pixels mean nothing
+    python toy.py build [--stages vae base ..] trains it, stage by stage; a stage that was stopped goes on where it was
+    python toy.py score [--count 64]           identity, motion, background and look on held-out subjects, by method
 """
 
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import distributed
+import media
+import world
+from checkpoint import BadInput
+from data import Encoder, Stream, Toy, ToyTest, posterior_sample
+from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
 from lora import Adapter, inject, lora_state_dict, save_adapter
-from model import Config, Transformer, init_sugar, save_transformer
+from model import Config, Transformer, init_sugar, load_transformer, save_tensors, save_transformer
+from pipeline import Request, Sampler
+from training import Options, generator, train
 from vae import VAE, VAEConfig, save_vae
 
-SUBJECTS = "fox cat dog robot teapot car duck bear clock vase".split()
-MOTIONS = "walking running jumping dancing spinning sliding flying floating standing still".split()
-PLACES = "in the snow/on a beach/in a forest/on a street/in the sky/under water/in a desert/at night".split("/")
-LOOKS = "made of gold/as a pencil sketch/made of ice/glowing/red/green/blue/yellow".split("/")
+TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 32  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
+SIDE, PATCH = 48, 8  # pixels of the image encoders' input and of their patches
+IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1
+BASE = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, time_embed_dim=64, text_embed_dim=TEXT_DIM,
+            max_text_seq_length=TOKENS, sample_height=8, sample_width=8, sample_frames=9, use_rotary_positional_embeddings=True)
+SUGAR = dict(dino_dim=IMAGE_DIM, clip_dim=IMAGE_DIM, dino_tokens=IMAGE_TOKENS, clip_tokens=IMAGE_TOKENS)
+SCHEDULE = {"_class_name": "CogVideoXDDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+            "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True, "set_alpha_to_one": True, "snr_shift_scale": 1.0, "clip_sample": False,
+            "timestep_spacing": "trailing"}
 
-TEXT_DIM, IMAGE_DIM, TOKENS = 64, 48, 64  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
 
-
-def sentences() -> list[str]:
-    """What the tokenizer learns its pieces from."""
-    return [f"a {subject} {look} is {motion} {place}" for subject in SUBJECTS for motion in MOTIONS for place in PLACES
-            for look in LOOKS]
+# --- the networks, untrained ------------------------------------------------------------------------------------------
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -36,7 +52,7 @@ def write_tokenizer(folder: Path) -> int:
 
     folder.mkdir(parents=True)
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(sentences()), encoding="utf-8")
+    corpus.write_text("\n".join(world.sentences()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=200, hard_vocab_limit=False, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, model_type="unigram", minloglevel=2)
@@ -48,49 +64,53 @@ def write_tokenizer(folder: Path) -> int:
     return Tokenizer(folder).size
 
 
-def init(folder: Path) -> None:
-    """Writes a complete untrained checkpoint, a Switch adapter, a SUGAR model and an image-to-video model."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model, T5Config, T5EncoderModel
+def new_text_encoder(tokens: int) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
 
-    torch.manual_seed(0)
-    tokens = write_tokenizer(folder / "tokenizer")
-    t5 = T5Config(vocab_size=tokens + 28, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                  feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False)
-    T5EncoderModel(t5).save_pretrained(folder / "text_encoder")
-    save_vae(VAE(VAEConfig(block_out_channels=(16, 32, 32, 64), layers_per_block=1, norm_num_groups=8, sample_height=64,
-                           sample_width=64, scaling_factor=0.7)), folder / "vae")
-    schedule = {"_class_name": "CogVideoXDDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-                "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-                "rescale_betas_zero_snr": True, "set_alpha_to_one": True, "snr_shift_scale": 1.0, "clip_sample": False,
-                "timestep_spacing": "trailing"}
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule, indent=2) + "\n")
+    return T5EncoderModel(T5Config(vocab_size=tokens + 28, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                                   feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0))
 
-    vision = dict(hidden_size=IMAGE_DIM, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=4)
-    Dinov2Model(Dinov2Config(**vision, mlp_ratio=2)).save_pretrained(folder / "dino")
-    CLIPVisionModel(CLIPVisionConfig(**vision, intermediate_size=96)).save_pretrained(folder / "clip")
-    for part in ("dino", "clip"):
-        settings = {"crop_size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        (folder / part / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
-    config = dict(num_attention_heads=2, attention_head_dim=64, num_layers=4, time_embed_dim=128, text_embed_dim=TEXT_DIM,
-                  max_text_seq_length=TOKENS, sample_height=8, sample_width=8, sample_frames=9,
-                  use_rotary_positional_embeddings=True)
-    base = Transformer(Config(**config))
-    save_transformer(base, folder / "transformer", torch.bfloat16)
-    images = dict(dino_dim=IMAGE_DIM, clip_dim=IMAGE_DIM, dino_tokens=65, clip_tokens=65)
-    sugar = Transformer(Config(**config, **images))
-    sugar.load_state_dict(base.state_dict(), strict=False)
-    init_sugar(sugar, "cpu", torch.float32)
-    write_variant(folder / "sugar", sugar)
-    write_variant(folder / "i2v", Transformer(Config(**config, in_channels=32)))
+def new_image_encoder(part: str) -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-    adapter = Adapter(rank=8, alpha=4.0)
-    inject(base, adapter.rank, adapter.alpha)
-    for key, tensor in lora_state_dict(base).items():
-        if ".lora_B." in key:
-            torch.nn.init.normal_(tensor, std=0.05)  # an adapter at zero would change nothing
-    save_adapter(base, folder / "switch", adapter)
+    shape = dict(hidden_size=IMAGE_DIM, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH)
+    if part == "dino":
+        return Dinov2Model(Dinov2Config(**shape, mlp_ratio=3))
+    return CLIPVisionModel(CLIPVisionConfig(**shape, intermediate_size=3 * IMAGE_DIM))
+
+
+def new_vae() -> VAE:
+    return VAE(VAEConfig(block_out_channels=(32, 48, 64, 96), layers_per_block=1, norm_num_groups=8, sample_height=64,
+                         sample_width=64, scaling_factor=1.0))
+
+
+def new_transformer(**changes) -> Transformer:
+    """A transformer to be trained from nothing: as in DiT, gates, modulation and output start at zero, so that each block
+    starts as the identity."""
+    model = Transformer(Config(**{**BASE, **changes}))
+    for block in model.transformer_blocks:
+        for norm in (block.norm1, block.norm2):
+            nn.init.zeros_(norm.linear.weight)
+            nn.init.zeros_(norm.linear.bias)
+    for layer in (model.norm_out.linear, model.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return model
+
+
+def save_half(network: nn.Module, folder: Path) -> None:
+    """A network of transformers, as it is shipped: in float16."""
+    network.half().save_pretrained(folder)
+    if folder.name in ("dino", "clip"):
+        settings = {"crop_size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def write_frame(folder: Path) -> None:
+    """What is not trained: scheduler and model_index.json."""
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE, indent=2) + "\n")
     parts = {"tokenizer": ["transformers", "T5Tokenizer"], "text_encoder": ["transformers", "T5EncoderModel"],
              "vae": ["diffusers", "AutoencoderKLCogVideoX"], "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
              "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]}
@@ -103,20 +123,328 @@ def write_variant(folder: Path, model: Transformer) -> None:
     (folder / "model_index.json").write_text(json.dumps({"base": ".."}) + "\n")
 
 
+def init(folder: Path) -> None:
+    """Writes a complete untrained checkpoint, a Switch adapter, a SUGAR model and an image-to-video model."""
+    torch.manual_seed(0)
+    save_half(new_text_encoder(write_tokenizer(folder / "tokenizer")), folder / "text_encoder")
+    for part in ("dino", "clip"):
+        save_half(new_image_encoder(part), folder / part)
+    save_vae(new_vae(), folder / "vae")
+    write_frame(folder)
+    base = Transformer(Config(**BASE))  # not new_transformer(): a network of zeros would hide what it is given
+    save_transformer(base, folder / "transformer", torch.bfloat16)
+    sugar = Transformer(Config(**BASE, **SUGAR))
+    sugar.load_state_dict(base.state_dict(), strict=False)
+    init_sugar(sugar, "cpu", torch.float32)
+    write_variant(folder / "sugar", sugar)
+    write_variant(folder / "i2v", Transformer(Config(**BASE, in_channels=32)))
+    adapter = Adapter(rank=8, alpha=4.0)
+    inject(base, adapter.rank, adapter.alpha)
+    for key, tensor in lora_state_dict(base).items():
+        if ".lora_B." in key:
+            nn.init.normal_(tensor, std=0.05)  # an adapter at zero would change nothing
+    save_adapter(base, folder / "switch", adapter)
+
+
+# --- training, stage by stage -----------------------------------------------------------------------------------------
+
+
+class TextTask(nn.Module):
+    """T5 learns what its captions say: motion, background and look, each read off its mean feature."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.t5 = new_text_encoder(tokens)
+        self.heads = nn.ModuleList(nn.Linear(TEXT_DIM, n) for n in (1 + len(world.MOTIONS), len(world.BACKGROUNDS),
+                                                                    len(world.LOOKS)))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        """ids [B, M], labels [B, 3] -> loss."""
+        feature = self.t5(ids)[0].float().mean(dim=1)
+        return sum(F.cross_entropy(head(feature), label) for head, label in zip(self.heads, labels.T))
+
+
+class ViewTask(nn.Module):
+    """DINOv2 learns identity: two views of one subject must be closer than views of two (InfoNCE), by class token and by
+    mean patch. CLIP learns what a caption would say of a subject: its shape and main colour, and the look."""
+
+    def __init__(self, part: str):
+        super().__init__()
+        self.network = new_image_encoder(part)
+        self.project = nn.Linear(2 * IMAGE_DIM, 64)
+        self.scale = nn.Parameter(torch.tensor([2.0]))
+        self.words = nn.ModuleList(nn.Linear(2 * IMAGE_DIM, n) for n in
+                                   (len(world.SHAPES), len(world.COLOURS), len(world.LOOKS))) if part == "clip" else None
+
+    def forward(self, one: Tensor, two: Tensor, labels: Tensor) -> Tensor:
+        """one, two: [B, 3, SIDE, SIDE]; labels [B, 3] -> loss."""
+        tokens = [self.network(pixel_values=x).last_hidden_state.float() for x in (one, two)]
+        a, b = (torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=-1) for x in tokens)
+        if self.words is not None:
+            return sum(F.cross_entropy(head(a), label) for head, label in zip(self.words, labels.T))
+        a, b = (F.normalize(self.project(x), dim=-1) for x in (a, b))
+        logits, same = self.scale.exp() * a @ b.T, torch.arange(len(a), device=a.device)
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+
+class VAETask(nn.Module):
+    """Reconstruction by absolute error, of edges too, and a trace of the KL divergence that keeps the latents together."""
+
+    def __init__(self):
+        super().__init__()
+        self.vae = new_vae()
+
+    def forward(self, video: Tensor, noise: Tensor) -> Tensor:
+        """video [B, 3, F, H, W], noise like its latents -> loss."""
+        mean, std = self.vae.encode(video)
+        out = self.vae.decode(mean + std * noise.to(mean)).float()
+        edges = sum((out.diff(dim=d) - video.diff(dim=d)).abs().mean() for d in (-1, -2))
+        kl = 0.5 * (mean.float().square() + std.float().square() - 2 * std.float().log() - 1).mean()
+        return (out - video).abs().mean() + edges + 1e-4 * kl
+
+
+class Builder:
+    """The stages of `toy.py build`. Each is a run of training.train() below `work`, and writes its network into `folder`."""
+
+    def __init__(self, folder: Path, work: Path, ranks: distributed.Ranks, scale: float, seed: int = 0):
+        self.folder, self.work, self.ranks, self.scale, self.seed = folder, work, ranks, scale, seed
+        folder.mkdir(parents=True, exist_ok=True)
+        write_frame(folder)
+        if not (folder / "tokenizer").exists():
+            write_tokenizer(folder / "tokenizer")
+
+    def fit(self, stage: str, model: nn.Module, blocks: list[nn.Module], steps: int, lr: float,
+            plan: Callable[[int], tuple[str, int]], loss_of: Callable[[str, list[int]], Tensor], dtype=torch.float32) -> dict:
+        """Trains all of `model`; returns its whole weights."""
+        distributed.shard(model, blocks, self.ranks, dtype)
+        steps = max(round(steps * self.scale), 2)
+        options = Options(out=self.work / stage, steps=steps, lr=lr, seed=self.seed, warmup=min(200, steps // 2),
+                          micro_batch=64, ema=0.999 if steps > 2000 else 0.0, save_every=200, keep=1, validate_every=10**9)
+        train(model, options, self.ranks, plan, loss_of, lambda step: None, {"stage": stage, "steps": steps})
+        return distributed.full_state_dict(model)
+
+    def rng(self, stage: str, position: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, *stage.encode(), position))
+
+    def text_encoder(self) -> None:
+        tokenizer = Tokenizer(self.folder / "tokenizer")
+        model = TextTask(tokenizer.size).to(self.ranks.device)
+
+        def loss_of(stream: str, positions: list[int]) -> Tensor:
+            ids, labels = torch.zeros(len(positions), TOKENS, dtype=torch.long), []
+            for row, position in zip(ids, positions):
+                rng = self.rng("text", position)
+                still = {"motion": None} if rng.random() < 0.1 else {}
+                scene = world.sample_scene(rng, look=list(world.LOOKS)[rng.integers(len(world.LOOKS))], **still)
+                tokens = tokenizer(world.caption(scene, rng))
+                row[: len(tokens)] = torch.tensor(tokens)
+                labels.append([list(names).index(name) for names, name in (((None, *world.MOTIONS), scene.motion),
+                               (world.BACKGROUNDS, scene.background), (world.LOOKS, scene.look))])
+            return model(ids.to(self.ranks.device), torch.tensor(labels, device=self.ranks.device))
+
+        weights = self.fit("text_encoder", model, [], 800, 2e-3, lambda step: ("captions", 64), loss_of)
+        self.finish(TextTask(tokenizer.size), weights, lambda task: save_half(task.t5, self.folder / "text_encoder"))
+
+    def image_encoder(self, part: str) -> None:
+        model = ViewTask(part).to(self.ranks.device)
+
+        def loss_of(stream: str, positions: list[int]) -> Tensor:
+            views, labels = ([], []), []
+            for position in positions:
+                rng = self.rng(part, position)
+                subject, look = world.sample_subject(rng), list(world.LOOKS)[rng.integers(len(world.LOOKS))]
+                for number, view in enumerate(views):  # a portrait, and the subject somewhere in the world
+                    shown = look if part == "clip" or number == 0 else list(world.LOOKS)[rng.integers(len(world.LOOKS))]
+                    if rng.random() < 0.5:
+                        picture = world.portrait(subject, shown, rng.uniform(1.0, 1.6), rng.uniform(-15, 15))
+                        image = media.on_white(media.Image.fromarray(picture))
+                    else:
+                        scene = world.sample_scene(rng, subject=subject, look=shown, motion=None)
+                        image = media.Image.fromarray(world.render(scene)[0])
+                    view.append(media.image_to_tensor(image.resize((SIDE, SIDE))))
+                labels.append([list(names).index(name) for names, name in (
+                    (world.SHAPES, subject.shape), (world.COLOURS, subject.primary), (world.LOOKS, look))])
+            one, two = (torch.stack(view).to(self.ranks.device) for view in views)
+            return model(one, two, torch.tensor(labels, device=self.ranks.device))
+
+        weights = self.fit(part, model, [], 3000, 1e-3, lambda step: ("views", 64), loss_of)
+        self.finish(ViewTask(part), weights, lambda task: save_half(task.network, self.folder / part))
+
+    def vae(self) -> None:
+        """Single frames three times in four, as they cost a tenth; clips teach time."""
+        model = VAETask().to(self.ranks.device)
+
+        def plan(step: int) -> tuple[str, int]:
+            return ("clips", 4) if step % 4 == 3 else ("frames", 16)
+
+        def loss_of(stream: str, positions: list[int]) -> Tensor:
+            videos = []
+            for position in positions:
+                video = world.sample_video(self.rng("vae" + stream, position), looks=tuple(world.LOOKS))["video"]
+                videos.append(video[:1] if stream == "frames" else video)
+            video = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).to(self.ranks.device).float() / 127.5 - 1
+            T = (video.shape[2] - 1) // 4 + 1
+            noise = torch.randn(len(videos), 16, T, 8, 8, generator=generator(self.seed, stream, positions[0]))
+            return model(video, noise.to(self.ranks.device))
+
+        weights = self.fit("vae", model, [], 16000, 1e-3, plan, loss_of)
+        self.finish(VAETask(), weights, self.save_scaled_vae)
+
+    @torch.no_grad()
+    def save_scaled_vae(self, task: VAETask) -> None:
+        """scaling_factor makes the latents' deviation 1, as the transformer expects."""
+        frames = np.stack([world.sample_video(self.rng("scale", i))["video"][:1] for i in range(64)])
+        mean, _ = task.vae.encode(torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+        task.vae.config.scaling_factor = round(1 / mean.std().item(), 4)
+        save_vae(task.vae.half(), self.folder / "vae")
+
+    def transformer(self, stage: str) -> None:
+        """The text-to-video base ("base"), or the image-to-video model ("i2v"): clips in all looks, a fifth pictures."""
+        i2v = stage == "i2v"
+        model = new_transformer(**({"in_channels": 32} if i2v else {})).to(self.ranks.device)
+        encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, torch.float32, reference_frames=1)
+        streams = {name: Stream(Toy(name, self.seed), max(round(count * self.scale), 8), encoder, self.seed)
+                   for name, count in (("styled", 20000), ("pairs", 8000))}
+        alpha_bar, null = alpha_bar_schedule(SCHEDULE).to(self.ranks.device), encoder.text("")
+
+        def plan(step: int) -> tuple[str, int]:
+            return ("pairs" if step % 5 == 4 and not i2v else "styled"), 32
+
+        def draw(stream: str, position: int) -> tuple[Tensor, ...]:
+            encoded, g = streams[stream][position], generator(self.seed, stage, stream, position)
+            x_0 = encoder.vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
+            first = torch.zeros_like(x_0)  # the first frame, encoded alone as at sampling, and zeros
+            first[0] = encoder.vae.scale(posterior_sample(encoded["ref_mean"][0], encoded["ref_std"][0], g), image=True)
+            text = null if torch.rand((), generator=g) < 0.1 else encoded["text"]
+            return x_0, torch.randn(x_0.shape, generator=g), torch.randint(1000, (), generator=g), text, first
+
+        def loss_of(stream: str, positions: list[int]) -> Tensor:
+            samples = zip(*(draw(stream, position) for position in positions))
+            x_0, eps, t, text, first = (torch.stack(part).to(self.ranks.device) for part in samples)
+            half = lambda x: x.to(torch.bfloat16)
+            predict = lambda x_t, t: model(half(torch.cat([x_t, first], dim=2) if i2v else x_t), t, half(text))
+            return training_loss(predict, x_0, eps, t, alpha_bar)
+
+        weights = self.fit(stage, model, list(model.transformer_blocks), 30000, 1e-3, plan, loss_of, torch.bfloat16)
+        if self.ranks.first:
+            out = self.folder / "i2v" if i2v else self.folder
+            save_tensors(model.config, {key: value.bfloat16() for key, value in weights.items()}, out / "transformer")
+            if i2v:
+                (out / "model_index.json").write_text(json.dumps({"base": ".."}) + "\n")
+
+    def switch(self) -> None:
+        """The adapter, by the paper's own trainer."""
+        import train_switch
+
+        out, count = self.work / "switch", lambda n: str(max(round(n * self.scale), 8))
+        train_switch.run(train_switch.parse(
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(8000),
+             "--images", count(8000), "--videos", count(4000), "--validate-every", "1000"]))
+        if self.ranks.first:
+            (self.folder / "switch").mkdir(exist_ok=True)
+            shutil.copy(out / "pytorch_lora_weights.safetensors", self.folder / "switch")
+
+    def sugar(self) -> None:
+        """The SUGAR model, by the paper's own trainer: TSF, design (b)."""
+        import train_sugar
+
+        out, count = self.work / "sugar", lambda n: str(max(round(n * self.scale), 8))
+        train_sugar.run(train_sugar.parse(
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(6000),
+             "--batch", "32", "--real", count(8000), "--triplets", count(8000), "--validate-every", "1000"]))
+        if self.ranks.first:
+            write_variant(self.folder / "sugar", load_transformer(out / "transformer"))
+
+    def finish(self, task: nn.Module, weights: dict[str, Tensor], save: Callable[[nn.Module], None]) -> None:
+        """Puts the gathered weights into a fresh task and lets it save its network."""
+        if self.ranks.first:
+            task.load_state_dict(weights)
+            save(task.eval())
+
+
+STAGES = {"text_encoder": Builder.text_encoder, "clip": lambda b: b.image_encoder("clip"),
+          "dino": lambda b: b.image_encoder("dino"), "vae": Builder.vae, "base": lambda b: b.transformer("base"),
+          "i2v": lambda b: b.transformer("i2v"), "switch": Builder.switch, "sugar": Builder.sugar}
+
+
+def build(args: argparse.Namespace) -> None:
+    ranks = distributed.start(args.device)
+    builder = Builder(args.out, args.work, ranks, args.scale)
+    for stage in args.stages:
+        done = args.work / stage / "done"
+        if not done.exists():
+            print(f"{stage}:")
+            STAGES[stage](builder)
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.touch()
+    print(f"wrote {args.out}")
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def score(folder: Path, count: int, device: str, work: Path) -> dict[str, dict[str, float]]:
+    """Means of the world's exact scores over `count` held-out subjects, each with a text, for base, Switch and SUGAR. The
+    texts of SUGAR ask for every look, the others' for the plain one."""
+    results = {}
+    for method, model, adapter in (("base", folder, None), ("switch", folder, folder / "switch"),
+                                   ("sugar", folder / "sugar", None)):
+        sampler = Sampler(str(model), adapter and str(adapter), device)
+        examples = ToyTest(seed=1, looks=tuple(world.LOOKS) if method == "sugar" else ("plain",))
+        requests, tests = [], []
+        for number in range(count):
+            example = examples[number]
+            image = media.on_white(example.image)
+            requests.append(Request(example.text, "", number, work / f"{number}.mp4", subject=example.noun,
+                                    reference=None if method == "base" else image))
+            tests.append(example)
+        settings = replace(sampler.defaults(), steps=25)
+        scores = []
+        for (_, video), example in zip(sampler.videos(requests, settings), tests):
+            scores.append(example.measure(media.video_to_frames(video)))
+        results[method] = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
+    return results
+
+
+def print_scores(results: dict[str, dict[str, float]], count: int) -> None:
+    columns = {"identity": "1/16", "motion": f"1/{len(world.MOTIONS)}", "background": f"1/{len(world.BACKGROUNDS)}",
+               "look": f"1/{len(world.LOOKS)}"}
+    print(f"\n{count} held-out subjects and texts\n\n| | {' | '.join(columns)} | pixels moved |\n|---|{'---|' * 5}")
+    for method, row in results.items():
+        print(f"| {method} | {' | '.join(f'{100 * row[name]:.0f}%' for name in columns)} | {row['movement']:.1f} |")
+    print(f"| chance | {' | '.join(columns.values())} | |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["init"])
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/toy"))
+    parser.add_argument("command", choices=["init", "build", "score"])
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/toy"), help="the checkpoint (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="build: checkpoints of the stages")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small number tries it out")
+    parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
+    parser.add_argument("--device")
     args = parser.parse_args()
-    part = args.out.with_name(f".{args.out.name}-part")
-    if args.out.exists():
-        print(f"error: {args.out} is already there; remove it first.", file=sys.stderr)
+    try:
+        if args.command == "score":
+            device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            print_scores(score(args.out, args.count, device, args.work), args.count)
+            return 0
+        if args.command == "build":
+            build(args)
+            return 0
+        if args.out.exists():
+            raise BadInput(f"{args.out} is already there; remove it first.")
+        part = args.out.with_name(f".{args.out.name}-part")
+        shutil.rmtree(part, ignore_errors=True)
+        init(part)
+        part.rename(args.out)
+        print(f"wrote {args.out}: untrained, its pixels mean nothing yet")
+        return 0
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    shutil.rmtree(part, ignore_errors=True)
-    init(part)
-    part.rename(args.out)
-    print(f"wrote {args.out}: untrained, its pixels mean nothing yet")
-    return 0
 
 
 if __name__ == "__main__":
