@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import BadInput, read_json
 
@@ -71,9 +73,16 @@ def start(device: str | None = None) -> Ranks:
     return Ranks(rank, world, where, init_device_mesh(kind, (world,)))
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16) -> FSDPModule:
+def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16,
+          recompute: bool = False) -> FSDPModule:
     """FSDP2: each block is gathered for its own forward and backward pass only. Parameters stay float32, are gathered and
-    computed with in `dtype`, and gradients are averaged over ranks in float32."""
+    computed with in `dtype`, and gradients are averaged over ranks in float32.
+
+    recompute: activation checkpointing. Of each block only the input is kept, the rest computed again in the backward pass.
+    """
+    if recompute:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)

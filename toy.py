@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import distributed
@@ -25,7 +26,7 @@ from checkpoint import BadInput
 from data import Encoder, Stream, Toy, ToyTest, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
-from lora import Adapter, inject, lora_state_dict, save_adapter
+from lora import Adapter, inject, lora_state_dict, read_adapter, save_adapter
 from model import Config, Transformer, init_sugar, load_transformer, save_tensors, save_transformer
 from pipeline import Request, Sampler
 from training import Options, generator, train
@@ -55,7 +56,8 @@ def write_tokenizer(folder: Path) -> int:
     corpus.write_text("\n".join(world.sentences()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=200, hard_vocab_limit=False, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, model_type="unigram", minloglevel=2)
+        unk_id=2, bos_id=-1, model_type="unigram", minloglevel=2,
+        required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'-")
     corpus.unlink()
     (folder / "spiece.vocab").unlink()
     config = {"tokenizer_class": "T5Tokenizer", "model_max_length": TOKENS, "extra_ids": 100, "eos_token": "</s>",
@@ -81,7 +83,7 @@ def new_image_encoder(part: str) -> nn.Module:
 
 
 def new_vae() -> VAE:
-    return VAE(VAEConfig(block_out_channels=(32, 48, 64, 96), layers_per_block=1, norm_num_groups=8, sample_height=64,
+    return VAE(VAEConfig(block_out_channels=(24, 32, 48, 64), layers_per_block=1, norm_num_groups=8, sample_height=64,
                          sample_width=64, scaling_factor=1.0))
 
 
@@ -341,8 +343,9 @@ class Builder:
             ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(8000),
              "--images", count(8000), "--videos", count(4000), "--validate-every", "1000"]))
         if self.ranks.first:
-            (self.folder / "switch").mkdir(exist_ok=True)
-            shutil.copy(out / "pytorch_lora_weights.safetensors", self.folder / "switch")
+            file = out / "pytorch_lora_weights.safetensors"
+            half = {key.removeprefix("transformer."): tensor.half() for key, tensor in load_file(file).items()}
+            save_adapter(half, self.folder / "switch", read_adapter(file))
 
     def sugar(self) -> None:
         """The SUGAR model, by the paper's own trainer: TSF, design (b)."""

@@ -11,7 +11,7 @@ import argparse
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,11 @@ import world
 from attention import DESIGNS
 from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, ToyTest, posterior_sample
-from diffusion import alpha_bar_schedule, training_loss
-from model import load_transformer, read_config, save_tensors
+from diffusion import T, alpha_bar_schedule, training_loss
+from model import Block, Config, Transformer, load_transformer, read_config, save_tensors
 from pipeline import Settings
-from training import (DTYPES, Options, add_common, check_range, generator, options_of, settings_of, train)
+from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
+from vae import VAE
 from validation import Validation
 
 
@@ -64,6 +65,33 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     return [Stage("real", 0.0), Stage("mixed", args.p, frozen=args.strategy == "tsf")]
 
 
+def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAE, null: Tensor, args: argparse.Namespace) -> tuple[Tensor, ...]:
+    """A training sample: x_0 and eps [T, 16, h, w], t, text or null, DINO and CLIP tokens and whether they are kept."""
+    x_0 = vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
+    drop_dino, drop_clip, drop_text = torch.rand(3, generator=g) < torch.tensor(
+        [args.drop_dino, args.drop_clip, args.drop_text])  # "independently"
+    t, eps = torch.randint(T, (), generator=g), torch.randn(x_0.shape, generator=g)
+    return x_0, eps, t, null if drop_text else encoded["text"], encoded["dino"], encoded["clip"], ~drop_dino, ~drop_clip
+
+
+def freeze_first_half(model: Transformer) -> None:
+    """SUGAR-TSF, second stage: "we keep the first half of the model layers frozen", read as blocks 0 to L/2 - 1."""
+    for block in model.transformer_blocks[: len(model.transformer_blocks) // 2]:
+        block.requires_grad_(False)
+
+
+def plan_run(config: Config, args: argparse.Namespace, world: int) -> None:
+    """The first stage, which trains the most. DINOv2-large and CLIP ViT-L/14 where the base says nothing of them."""
+    with torch.device("meta"):
+        model = Transformer(config if config.sugar else replace(config, dino_dim=1024, clip_dim=1024, design=args.design))
+    config, block = model.config, Block(config).bfloat16()
+    frames, h, w = (config.sample_frames - 1) // 4 + 1, config.sample_height, config.sample_width
+    tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
+    stages = len(stages_of(args))
+    print(f"{stages} stage{'s' * (stages > 1)} of {args.steps:,} steps; what follows is for the first")
+    print_plan(model, block, tokens, args.steps * args.batch, args, world)
+
+
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
     check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets"))
@@ -72,6 +100,8 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(checkpoint.need(folder, "transformer"))
     if config.image_to_video:
         raise BadInput(f"SUGAR cannot stand on {args.model}, an image-to-video model: it needs a text-to-video base.")
+    if args.plan:
+        return plan_run(config, args, ranks.world)
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, torch.float32, sugar=True)
     image = {f"{part}_{name}": value for part, network in encoder.image_encoders.items() for name, value in
              (("dim", network.network.config.hidden_size), ("tokens", network.tokens))}
@@ -100,10 +130,9 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
     dtype, null = DTYPES[args.dtype], encoder.text("")
     torch.manual_seed(args.seed)  # for the projections that a plain base lacks
     model = load_transformer(weights, ranks.device, **sugar)
-    if stage.frozen:  # "the first half of the model layers"
-        for block in model.transformer_blocks[: len(model.transformer_blocks) // 2]:
-            block.requires_grad_(False)
-    distributed.shard(model, list(model.transformer_blocks), ranks, dtype)
+    if stage.frozen:
+        freeze_first_half(model)
+    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
     alpha_bar = alpha_bar_schedule(checkpoint.read_json(checkpoint.need(folder, "scheduler") / "scheduler_config.json"))
     alpha_bar = alpha_bar.to(ranks.device)
 
@@ -113,21 +142,12 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
         return "synthetic" if u < stage.p else "real", args.batch
 
     def loss_of(stream: str, positions: list[int]) -> Tensor:
-        samples = zip(*(draw(stream, position) for position in positions))
+        samples = zip(*(draw(streams[stream][position], generator(args.seed, stage.name, stream, position), encoder.vae, null,
+                             args) for position in positions))
         x_0, eps, t, text, dino, clip, keep_dino, keep_clip = (torch.stack(part).to(ranks.device) for part in samples)
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), dino=dino.to(dtype), clip=clip.to(dtype),
                                        keep_dino=keep_dino, keep_clip=keep_clip)
         return training_loss(predict, x_0, eps, t, alpha_bar)
-
-    def draw(stream: str, position: int) -> tuple[Tensor, ...]:
-        """A training sample: x_0 and eps [T, 16, h, w], t, text (or null), DINO and CLIP tokens and whether they are kept."""
-        encoded, g = streams[stream][position], generator(args.seed, stage.name, stream, position)
-        x_0 = encoder.vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
-        drop_dino, drop_clip, drop_text = torch.rand(3, generator=g) < torch.tensor(
-            [args.drop_dino, args.drop_clip, args.drop_text])  # independently
-        t, eps = torch.randint(len(alpha_bar), (), generator=g), torch.randn(x_0.shape, generator=g)
-        text = null if drop_text else encoded["text"]
-        return x_0, eps, t, text, encoded["dino"], encoded["clip"], ~drop_dino, ~drop_clip
 
     settings = Settings(0, 0, 0, 8, "ddim", steps=20, omega_image=2.5, omega_text=5.0)
     validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed, tuple(world.LOOKS)), out, ranks, dtype,

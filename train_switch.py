@@ -9,6 +9,7 @@ who the subject is, plain videos keep alive how things move. Every step draws on
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ import checkpoint
 import distributed
 from checkpoint import BadInput
 from data import Encoder, Stream, Toy, ToyTest, posterior_sample
-from diffusion import alpha_bar_schedule, training_loss
+from diffusion import T, alpha_bar_schedule, training_loss
 from lora import Adapter, inject, save_adapter
-from model import load_transformer
+from model import Config, Transformer, load_transformer, read_config
 from pipeline import switch_stands_on
-from training import (DTYPES, Options, add_common, check_range, generator, options_of, settings_of, train)
+from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
+from vae import VAE
 from validation import Validation
 
 
@@ -63,6 +65,36 @@ def phase_of(step: int, args: argparse.Namespace) -> str:
     return "video" if u < args.p else "image"
 
 
+def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAE, args: argparse.Namespace) -> tuple[Tensor, ...]:
+    """A training sample: x_0 and eps [T, 16, h, w], t, text, reference [16, h, w], which of its tokens are kept."""
+    x_0 = vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)  # X_out
+    frame = torch.randint(len(encoded["ref_mean"]), (), generator=g)  # RandomFrameSelect
+    reference = vae.scale(posterior_sample(encoded["ref_mean"][frame], encoded["ref_std"][frame], g))  # X_in
+    tokens = reference.shape[1] * reference.shape[2] // 4  # patches of 2x2
+    drop = torch.rand(tokens if args.reference_drop_unit == "token" else 1, generator=g) < args.reference_drop
+    t, eps = torch.randint(T, (), generator=g), torch.randn(x_0.shape, generator=g)
+    return x_0, eps, t, encoded["text"], reference, ~drop.expand(tokens)  # RandomImageDrop
+
+
+def prepare(model: Transformer, adapter: Adapter) -> Transformer:
+    """The base frozen and a LoRA injected: only the LoRA learns."""
+    model.requires_grad_(False)
+    inject(model, adapter.rank, adapter.alpha, adapter.dropout)
+    model.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
+    return model
+
+
+def plan_run(config: Config, adapter: Adapter, args: argparse.Namespace, world: int) -> None:
+    with torch.device("meta"):
+        model = prepare(Transformer(config), adapter)
+    block = prepare(Transformer(replace(config, num_layers=1)), adapter).bfloat16().transformer_blocks[0]
+    frames, h, w = (config.sample_frames - 1) // 4 + 1, config.sample_height, config.sample_width
+    tokens = config.max_text_seq_length + (frames + 1) * h * w // config.patch_size**2  # the video phase, with a reference
+    phases = [phase_of(step, args) for step in range(args.steps)]
+    samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
+    print_plan(model, block, tokens, samples, args, world)
+
+
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
     if args.strategy == "video-only":
@@ -73,18 +105,16 @@ def run(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype]
     adapter = Adapter(args.rank, args.alpha, args.dropout, args.norm_lora, args.lora_tokens, "none" if args.no_cls else "token")
 
-    # The base is frozen; a LoRA is injected.
     folder = checkpoint.resolve(args.model)
-    model = load_transformer(checkpoint.need(folder, "transformer"), ranks.device)
-    if not switch_stands_on(model.config) or model.config.sugar:
+    config = read_config(checkpoint.need(folder, "transformer"))
+    if not switch_stands_on(config) or config.sugar:
         raise BadInput(f"Switch cannot stand on {args.model}: it needs a text-to-video base with rotary positions and a "
                        f"temporal patch of 1, that is CogVideoX-5b or the toy.")
-    model.requires_grad_(False)
+    if args.plan:
+        return plan_run(config, adapter, args, ranks.world)
     torch.manual_seed(args.seed)
-    inject(model, adapter.rank, adapter.alpha, adapter.dropout)
-    model.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
-    distributed.shard(model, list(model.transformer_blocks), ranks, dtype)
-    config = model.config
+    model = prepare(load_transformer(checkpoint.need(folder, "transformer"), ranks.device), adapter)
+    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
     alpha_bar = alpha_bar_schedule(checkpoint.read_json(checkpoint.need(folder, "scheduler") / "scheduler_config.json"))
     alpha_bar = alpha_bar.to(ranks.device)
 
@@ -100,22 +130,12 @@ def run(args: argparse.Namespace) -> None:
 
     def loss_of(phase: str, positions: list[int]) -> Tensor:
         """L_img or L_vid (Switch eq. 4): v-prediction of X_out given X_in and C_T."""
-        samples = zip(*(draw(phase, position) for position in positions))
+        samples = zip(*(draw(streams[phase][position], generator(args.seed, phase, position), encoder.vae, args)
+                        for position in positions))
         x_0, eps, t, text, reference, keep = (torch.stack(part).to(ranks.device) for part in samples)
         dropped = {} if phase == "image" else {"keep_reference": keep}
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), reference=reference.to(dtype), **dropped)
         return training_loss(predict, x_0, eps, t, alpha_bar)
-
-    def draw(phase: str, position: int) -> tuple[Tensor, ...]:
-        """A training sample: x_0 and eps [T, 16, h, w], t, text, reference [16, h, w], which of its tokens are kept."""
-        encoded, g = streams[phase][position], generator(args.seed, phase, position)
-        x_0 = encoder.vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)  # X_out
-        frame = torch.randint(len(encoded["ref_mean"]), (), generator=g)  # RandomFrameSelect
-        reference = encoder.vae.scale(posterior_sample(encoded["ref_mean"][frame], encoded["ref_std"][frame], g))  # X_in
-        tokens = reference.shape[1] * reference.shape[2] // config.patch_size**2
-        drop = torch.rand(tokens if args.reference_drop_unit == "token" else 1, generator=g) < args.reference_drop
-        t, eps = torch.randint(len(alpha_bar), (), generator=g), torch.randn(x_0.shape, generator=g)
-        return x_0, eps, t, encoded["text"], reference, ~drop.expand(tokens)  # RandomImageDrop
 
     validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed), args.out, ranks, dtype,
                             with_reference=args.strategy != "video-only")

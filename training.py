@@ -72,6 +72,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="checkpoints/toy", help="the base: a folder or a hub id (default: %(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the computation (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: far less memory, a third slower")
+    parser.add_argument("--plan", action="store_true", help="say what the run would take, and do not train")
+    parser.add_argument("--gpu-memory", type=float, default=80, help="--plan: GB of each GPU (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=1.0, help="--plan: samples/s of all ranks (default: %(default)s)")
 
 
 def options_of(args: argparse.Namespace, **changes) -> Options:
@@ -80,7 +84,8 @@ def options_of(args: argparse.Namespace, **changes) -> Options:
 
 def settings_of(args: argparse.Namespace, **more) -> dict:
     """What makes a run what it is: the flags without those that change neither weights nor metrics."""
-    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "resume", "max_skipped"}
+    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "resume", "max_skipped", "recompute",
+            "plan", "gpu_memory", "rate"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 
@@ -91,6 +96,51 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
     for name in (*counts, "steps", "micro_batch", "save_every", "validate_every", "keep"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
+
+
+def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 64) -> float:
+    """Bytes that autograd keeps of one block for each token: counted, by running the block (on the CPU, in bfloat16)."""
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its address would be used again
+        return tensor
+
+    text, reference, video = (torch.randn(1, n, dim, dtype=torch.bfloat16, requires_grad=True) for n in
+                              (tokens // 4, tokens // 4, tokens // 2))
+    angles = torch.zeros(tokens // 2, dim // block.attn1.heads)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(text, reference, video, torch.randn(1, emb_dim, dtype=torch.bfloat16), (angles, angles), None, None, None)
+    return sum(size for size, _ in kept.values()) / tokens
+
+
+def print_plan(model: nn.Module, block: nn.Module, tokens: int, samples: int, args: argparse.Namespace, world: int) -> None:
+    """--plan: what a run would take.
+
+    model: on the meta device, with what is frozen frozen; block: one of its blocks for real, on the CPU in bfloat16;
+    tokens: of the longest sample; samples: in the whole run.
+    """
+    config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    copies = 1 if not args.ema else 2
+    one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim), 2 * config.dim
+    kept = one + inputs * config.num_layers if args.recompute else one * config.num_layers
+    largest = sum(p.numel() for p in block.parameters())
+    parts = {"weights, float32, sharded": 4 * (trained * copies + frozen) / world,
+             "gathered blocks, two at a time": 2 * 2 * largest, "gradients, sharded": 4 * trained / world,
+             "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch}
+    total = sum(parts.values()) / 1e9
+    print(f"trainable parameters   {trained:,}\nfrozen parameters      {frozen:,}\ntokens in a sample     {tokens:,}")
+    print(f"steps                  {args.steps:,} on {world} rank{'s' * (world > 1)}\nmemory of each rank")
+    for name, size in {**parts, "in all": 1e9 * total}.items():
+        print(f"  {name:<36} {size / 1e9:8.2f} GB")
+    print(f"hours                  {samples / args.rate / 3600:.1f} at {args.rate:g} samples/s of all ranks (--rate)")
+    print(f"disk per checkpoint    {4 * trained * (copies + 2) / 1e9:.2f} GB, and {args.keep} are kept")
+    if total > args.gpu_memory:
+        print(f"warning: {total:.0f} GB will not fit into {args.gpu_memory:g} GB: more ranks, a smaller --micro-batch"
+              + ("" if args.recompute else ", --recompute"))
 
 
 @dataclass

@@ -1,14 +1,14 @@
 """The toy's world: creatures in scenes, 64x64 pixels and 9 frames, drawn from a seed and measured exactly. No networks.
 
-Who a subject is (shape, pattern, detail, two colours) no text ever says: it is "a creature". How it moves, where it is and
-what it is made of only the text says. So identity can only come from an image, and everything else only from the text.
+Who a subject is (shape, pattern, detail, two colours) no text ever says: it is "a creature". How it moves, where it is
+and what it is made of only the text says. So identity can only come from an image, and all else only from the text.
 
     python world.py        draws subjects, motions, backgrounds and looks -> world.png
 """
 
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -61,7 +61,7 @@ DETAILS = {  # grown from which side of the body, at which places; at x along th
     "long ears": ("top", (-0.38, 0.38), lambda x, y: hypot(x / 0.2, (y - 0.3) / 0.62) < 1),
     "horn": ("top", (0,), lambda x, y: (y > -0.3) & (abs(x) < 0.3 * (0.75 - y))),
     "antennae": ("top", (-0.38, 0.38), lambda x, y: ((abs(x) < 0.08) & (abs(y) < 0.5)) | (hypot(x, y - 0.5) < 0.22)),
-    "hat": ("top", (-0.2, 0.2), lambda x, y: (abs(x) < 0.48) & (abs(y) < 0.13) | (abs(x) < 0.22) & (y > 0) & (y < 0.68)),
+    "hat": ("top", (-0.2, 0.2), lambda x, y: (abs(x) < np.where(y < 0.13, 0.48, 0.22)) & (y > -0.13) & (y < 0.68)),
     "crest": ("top", (-0.5, 0, 0.5), lambda x, y: hypot(x, y - 0.1) < 0.27),
     "legs": ("bottom", (-0.36, 0.36), lambda x, y: (abs(x) < 0.19) & (abs(y) < 0.5)),
     "tail": ("right", (0.35,), lambda x, y: ((abs(x) < 0.14) & (abs(y) < 0.4)) | (hypot(x + 0.12, y - 0.42) < 0.33)),
@@ -69,8 +69,9 @@ DETAILS = {  # grown from which side of the body, at which places; at x along th
     "spikes": None, "one eye": None, "mouth": None,
 }
 COLOURS = {
-    "red": (222, 40, 44), "orange": (246, 134, 30), "yellow": (250, 222, 60), "green": (60, 176, 70), "cyan": (60, 204, 220),
-    "blue": (48, 88, 222), "purple": (132, 52, 172), "pink": (250, 140, 192), "white": (246, 246, 246), "black": (46, 46, 56),
+    "red": (222, 40, 44), "orange": (246, 134, 30), "yellow": (250, 222, 60), "green": (60, 176, 70),
+    "cyan": (60, 204, 220), "blue": (48, 88, 222), "purple": (132, 52, 172), "pink": (250, 140, 192),
+    "white": (246, 246, 246), "black": (62, 62, 74),
 }
 SUBJECTS = len(SHAPES) * len(PATTERNS) * len(DETAILS) * len(COLOURS) * (len(COLOURS) - 1)  # 103,680
 
@@ -86,10 +87,12 @@ class Subject:
     @property
     def held_out(self) -> bool:
         """Whether it is for tests only: one subject in twenty is, by a hash, and training never draws it."""
-        return zlib.crc32(repr(self).encode()) % 20 == 0
+        return zlib.crc32(repr(astuple(self)).encode()) % 20 == 0
 
 
-# --- what the text controls: the words for it, {} being the noun, and what it does --------------------------------------
+# --- what the text controls -------------------------------------------------------------------------------------------
+#
+# Each entry begins with the words for it, where {} is the noun, and goes on with what it does.
 
 CLEAR, OUTLINE, PRIMARY, SECONDARY, WHITE, PUPIL = range(6)  # what a texel belongs to
 LOOKS = {  # the colours of OUTLINE to PUPIL, and light added at (u, v), given where the secondary colour is
@@ -108,7 +111,7 @@ LOOKS = {  # the colours of OUTLINE to PUPIL, and light added at (u, v), given w
                 lambda u, v, second: 110 * exp(-(u**2 + v**2) * 1.5) * ~second),
 }
 RAMP = np.linspace(-0.5, 0.5, FRAMES)
-ARCH = 2 / 3 - 4 * RAMP**2  # up and down again
+ARCH = np.square(RAMP).mean() * 4 - 4 * RAMP**2  # up and down again; the mean is 0, as of RAMP, and they are orthogonal
 MOTIONS = {  # which part of the pose (x, y, log scale, angle) changes, by how much (pixels, degrees), along which curve
     "still": (" is standing still", " stands still", 0, 0.0, RAMP),
     "left": (" is moving left", " moves to the left", 0, -24.0, RAMP),
@@ -139,21 +142,19 @@ BACKGROUNDS = {  # layers painted one over the other: where, the colour, and the
         (y > 0, (150, 200, 150), (90, 150, 90)), ((abs(x % 14 - 4) < 2) & (y > 40), (88, 58, 34)),
         ((y < 46) & (abs(x % 14 - 4) < (y - 4 - x // 14 % 3 * 4) * 0.22), (24, 96, 54)), (y > 52, (60, 110, 46))]),
     "city": ("in a city at night", "in front of dark towers", lambda x, y: [
-        (y > 0, (20, 20, 56), (70, 40, 100)),
-        *((tower & inside, colour) for left, top, shade in ((-8, 30, 30), (6, 14, 44), (20, 34, 34), (34, 20, 48),
-                                                            (48, 8, 36), (62, 28, 44))
-          for tower in [(x > left) & (x < left + 13) & (y > top)]
-          for inside, colour in ((True, (shade, shade, shade + 22)),
-                                 (((x - left) % 6 > 3) & ((y - top) % 8 > 4), (250, 206, 90)))), (y > 58, (44, 40, 50))]),
+        (y > 0, (20, 20, 56), (70, 40, 100)), (tower := (x % 14 < 12) & (y > 10 + x // 14 * 17 % 26), (48, 48, 66)),
+        (tower & (x % 14 % 5 > 2) & (y % 8 > 4), (250, 206, 90)), (y > 58, (64, 60, 70))]),
     "space": ("in space", "among the stars", lambda x, y: [
-        (y > 0, (8, 6, 20)), (discs(x, y, 10, (15, 16)), (176, 84, 150)), (discs(x, y, 5, (12, 13)), (210, 120, 180)),
-        (discs(x, y, 1.6, (36, 8), (52, 18), (30, 30), (8, 44), (24, 56), (44, 46), (60, 36), (56, 58)), (250, 250, 230))]),
+        (y > 0, (34, 12, 60), (14, 4, 34)),
+        (discs(x, y, 10, (15, 16)), (176, 84, 150)), (discs(x, y, 5, (12, 13)), (210, 120, 180)),
+        (discs(x, y, 1.6, (36, 8), (52, 18), (30, 30), (8, 44), (24, 56), (44, 46), (60, 36), (56, 58)), (250,) * 3)]),
     "sea": ("under water", "in the sea", lambda x, y: [
         (y > 0, (40, 190, 200), (6, 60, 120)), (y > 56 + 2 * sin(x / 5), (214, 190, 130)),
-        (discs(x, y, 4, (9, 14), (56, 38), (36, 9)), (190, 240, 244)), (discs(x, y, 2.5, (9, 14), (56, 38), (36, 9)), (70, 180, 200)),
+        *((discs(x, y, radius, (9, 14), (56, 38), (36, 9)), colour)
+          for radius, colour in ((4, (190, 240, 244)), (2.5, (70, 180, 200)))),
         ((abs(x % 23 - 8 - 2 * sin(y / 3)) < 1.7) & (y > 42), (20, 130, 80))]),
     "room": ("in a room", "inside a house", lambda x, y: [
-        (y > 0, (238, 196, 196)), (x % 12 < 6, (226, 168, 176)), ((abs(x - 47) < 11) & (abs(y - 17) < 10), (250, 250, 250)),
+        (y > 0, (238, 196, 196)), (x % 12 < 6, (226, 168, 176)), ((abs(x - 47) < 11) & (abs(y - 17) < 10), (250,) * 3),
         ((abs(x - 47) < 8.5) & (abs(y - 17) < 7.5) & (abs(x - 47) > 1), (130, 196, 240)), (y > 46, (150, 96, 60)),
         ((y > 46) & ((x + 8 * ((y - 46) // 6 % 2)) % 16 < 8), (172, 116, 74))]),
     "meadow": ("on a meadow", "on green grass", lambda x, y: [
@@ -200,10 +201,10 @@ def sentences() -> Iterator[str]:
 
 def box(image: ndarray, width: int) -> ndarray:
     """Means over width x width (odd) around every pixel of images [..., H, W, C], float32; the border is repeated."""
-    image = image.astype(np.float32)
+    image, around = image.astype(np.float32), np.arange(width) - width // 2
     for axis in (-3, -2):
         n = image.shape[axis]
-        image = sum(image.take((np.arange(n) + i).clip(0, n - 1), axis) for i in range(-(width // 2), width // 2 + 1)) / width
+        image = sum(image.take((np.arange(n) + i).clip(0, n - 1), axis) for i in around) / width
     return image
 
 
@@ -218,7 +219,7 @@ def drawing(shape: str, pattern: str, detail: str) -> ndarray:
         side, places, there = DETAILS[detail]
         for at in places:
             line = (body if side in ("right", "sides") else body.T)[int((at * RADIUS / REACH + 1) * TEXELS / 2)]
-            edge = u[0, np.flatnonzero(line)[0 if side == "top" else -1]]  # the body's, in the row or column of the place
+            edge = u[0, np.flatnonzero(line)[0 if side == "top" else -1]]  # the body's, in the place's row or column
             x, y = {"top": (u - at, edge - v), "bottom": (u - at, v - edge), "right": (v - at, u - edge),
                     "sides": (v - at, abs(u) - edge)}[side]
             grown |= there(x, y)
@@ -240,8 +241,8 @@ def drawing(shape: str, pattern: str, detail: str) -> ndarray:
 
 @lru_cache(maxsize=128)
 def texture(subject: Subject, look: str, blur: int = 3) -> ndarray:
-    """A subject in colour: float32 [TEXELS, TEXELS, 4], RGB in 0..255 times alpha, and alpha in 0..1. It is averaged over
-    `blur` texels beforehand (3 is about a pixel), so that to draw it no more is needed than to pick texels."""
+    """A subject in colour: float32 [TEXELS, TEXELS, 4], RGB in 0..255 times alpha, and alpha in 0..1. It is averaged
+    over `blur` texels beforehand (3 is about a pixel), so that to draw it no more is needed than to pick texels."""
     part = drawing(subject.shape, subject.pattern, subject.detail)
     plain = ((28, 24, 38), COLOURS[subject.primary], COLOURS[subject.secondary], (255, 255, 255), (16, 14, 22))
     _, _, colours, light = LOOKS[look]
@@ -290,10 +291,10 @@ def poses(scene: Scene) -> tuple[ndarray, int]:
     return path, shift
 
 
-def render(scene: Scene) -> ndarray:
-    """The clip: uint8 [FRAMES, SIZE, SIZE, 3]."""
+def render(scene: Scene, frames: int = FRAMES) -> ndarray:
+    """The clip, or its first frames: uint8 [frames, SIZE, SIZE, 3]."""
     path, shift = poses(scene)
-    subject = place(texture(scene.subject, scene.look), REACH, path)
+    subject = place(texture(scene.subject, scene.look), REACH, path[:frames])
     return (backdrop(scene.background, shift) * (1 - subject[..., 3:]) + subject[..., :3] + 0.5).astype(np.uint8)
 
 
@@ -327,7 +328,7 @@ def sample_subject(rng: Rng, split: str = "train") -> Subject:
 
 
 def sample_scene(rng: Rng, split: str = "train", **fixed) -> Scene:
-    """A plain-looking subject doing something somewhere. `fixed` sets fields of the Scene, for instance look="golden"."""
+    """A plain-looking subject doing something somewhere. `fixed` sets fields of the Scene, such as look="golden"."""
     rng = np.random.default_rng(rng)
     drawn = {"subject": sample_subject(rng, split), "motion": pick(rng, MOTIONS), "background": pick(rng, BACKGROUNDS),
              "look": "plain", "seed": int(rng.integers(2**62))}
@@ -336,11 +337,13 @@ def sample_scene(rng: Rng, split: str = "train", **fixed) -> Scene:
 
 def sample_pair(rng: Rng, split: str = "train") -> dict:
     """Two photographs of one subject, posed differently before different backgrounds (Switch 3.2): "reference" and
-    "target", uint8 [SIZE, SIZE, 3]; "text" is the target's caption, "noun" the subject in it; "scene" is the target's."""
+    "target", uint8 [SIZE, SIZE, 3]; the target's caption "text", "noun" in it, and "scene"."""
     rng = np.random.default_rng(rng)
     one, two = (sample_scene(rng, split, motion=None) for _ in range(2))
-    two = replace(two, subject=one.subject, background=pick(rng, (name for name in BACKGROUNDS if name != one.background)))
-    return {"reference": render(one)[0], "target": render(two)[0], "text": caption(two, rng), "noun": NOUN, "scene": two}
+    elsewhere = pick(rng, (name for name in BACKGROUNDS if name != one.background))
+    two = replace(two, subject=one.subject, background=elsewhere)
+    return {"reference": render(one, 1)[0], "target": render(two, 1)[0], "text": caption(two, rng), "noun": NOUN,
+            "scene": two}
 
 
 def sample_video(rng: Rng, split: str = "train", looks: Iterable[str] = ("plain",)) -> dict:
@@ -357,12 +360,12 @@ def sample_masked(rng: Rng, split: str = "train") -> dict:
     return {**sample, "masks": masks(sample["scene"])}
 
 
-STILL_SHARE = 0.7  # of the triplets whose text asks to stand still; the others' text asks for what then hardly happens
+STILL_SHARE = 0.7  # of the triplets in whose text the subject stands still; in the others it hardly does what it should
 
 
 def sample_triplet(rng: Rng, split: str = "train") -> dict:
-    """SUGAR's synthetic data (3.1): "video", "text", "image" uint8 RGBA [SIZE, SIZE, 4], "scene". The image is plain, the
-    video is not; and "most samples are videos of standing still subjects", as image-to-video did not do what was asked."""
+    """SUGAR's synthetic data (3.1): "video", "text", "image" uint8 RGBA [SIZE, SIZE, 4], "scene". The image is plain,
+    the video is not; and as in the paper (3.2) most subjects stand still, some although the text asks them to move."""
     rng = np.random.default_rng(rng)
     scene = sample_scene(rng, split, look=pick(rng, (look for look in LOOKS if look != "plain")),
                          strength=rng.uniform(0.05, 0.15))
@@ -375,9 +378,9 @@ def sample_triplet(rng: Rng, split: str = "train") -> dict:
 # --- measuring --------------------------------------------------------------------------------------------------------
 #
 # Analysis by synthesis: what a video may show is drawn at every position, scale and angle, and what explains most wins.
-# With V the video, B its background and S the drawing over B, it explains |V - B|^2 - |V - S|^2, summed over all pixels;
-# to draw less than there is loses as much as to draw more. All at half the resolution, after a blur that makes noise and
-# small misfits harmless.
+# With V the video, B its background and S the drawing over B, it explains |V - B|^2 - |V - S|^2, summed over all
+# pixels: to draw less than there is loses as much as to draw more. All at half the resolution, after a blur that makes
+# noise and small misfits harmless.
 
 HALF, BLUR = SIZE // 2, 5  # pixels
 GRID = 48  # of the Fourier transforms: HALF, and room for half a subject on either side, so that none wraps around
@@ -393,22 +396,24 @@ def halved(image: ndarray) -> ndarray:
 @lru_cache(maxsize=None)
 def backdrops() -> ndarray:
     """Every background at every shift: [len(BACKGROUNDS), shifts, HALF, HALF, 3]."""
-    return np.stack([[halved(box(backdrop(name, shift), BLUR)) for shift in range(-SHIFT, SHIFT + 1)] for name in BACKGROUNDS])
+    shifts = range(-SHIFT, SHIFT + 1)
+    return np.stack([[halved(box(backdrop(name, shift), BLUR)) for shift in shifts] for name in BACKGROUNDS])
 
 
-def fit(texture: ndarray, reach: float, scales: ndarray, angles: ndarray, V: ndarray, B: ndarray) -> tuple[ndarray, ndarray]:
-    """The poses [F, 4] at which a texture explains most of V [F, HALF, HALF, 3] before B [HALF, HALF, 3], and how much [F].
+def fit(texture: ndarray, reach: float, scales: ndarray, angles: ndarray, V: ndarray, B: ndarray):
+    """The poses at which a texture explains most of V [F, HALF, HALF, 3] before B [HALF, HALF, 3]: [F, 4], and how much
+    it explains: [F].
 
-    First these log scales and angles at all positions at once: with P the drawn colours times their alpha a, what they
-    explain is 2 P (V - B) - 2 a (V - B) B - |P|^2 + 2 a P B - a^2 |B|^2, a correlation of what moves with what does not.
+    First these log scales and angles at all positions at once: with P the drawn colours times their alpha a, it
+    explains 2 P (V - B) - 2 a (V - B) B - |P|^2 + 2 a P B - a^2 |B|^2, which correlates what moves with what does not.
     """
-    grid = np.stack(np.meshgrid(SIZE / 2, SIZE / 2, scales, angles), axis=-1).reshape(-1, 4)
+    grid = np.stack(np.meshgrid(SIZE / 2, SIZE / 2, scales, angles), axis=-1).reshape(-1, 4)  # [K, 4]
     drawn, B = place(texture, reach, grid, 2), np.broadcast_to(B, V.shape)
     P, a, total = drawn[..., :3], drawn[..., 3:], lambda x: x.sum(-1, keepdims=True)
-    moving = np.concatenate([2 * P, -2 * a, total(P * P), 2 * a * P, a * a], axis=-1)
-    resting = np.concatenate([V - B, total((V - B) * B), -np.ones_like(V[..., :1]), B, -total(B * B)], axis=-1)
-    moving, resting = (np.fft.rfft2(np.moveaxis(x, -1, 1), (GRID, GRID)).transpose(2, 3, 0, 1) for x in (moving, resting))
-    explained = np.fft.irfft2((moving.conj() @ resting.swapaxes(2, 3)).transpose(3, 2, 0, 1), (GRID, GRID))  # [F, K, ...]
+    moved = np.concatenate([2 * P, -2 * a, total(P * P), 2 * a * P, a * a], axis=-1)
+    fixed = np.concatenate([V - B, total((V - B) * B), -np.ones_like(V[..., :1]), B, -total(B * B)], axis=-1)
+    moved, fixed = (np.fft.rfft2(np.moveaxis(x, -1, 1), (GRID, GRID)).transpose(2, 3, 0, 1) for x in (moved, fixed))
+    explained = np.fft.irfft2((moved.conj() @ fixed.swapaxes(2, 3)).transpose(3, 2, 0, 1), (GRID, GRID))  # [F, K, ...]
     shifts = np.r_[0 : HALF // 2, -HALF // 2 : 0]  # the centre stays in the picture
     explained = explained[:, :, shifts][..., shifts].reshape(len(V), -1)
     which, down, right = np.unravel_index(explained.argmax(1), (len(grid), HALF, HALF))
@@ -424,8 +429,8 @@ def fit(texture: ndarray, reach: float, scales: ndarray, angles: ndarray, V: nda
 
 
 def track(video: ndarray, B: ndarray) -> tuple[ndarray, float]:
-    """How whatever is in front of B moves, whoever it is: what the middle frame [SIZE, SIZE, 3] shows in front of it is
-    looked for in all frames. Returns poses [F, 4], relative to that cut-out, and its root mean square radius in pixels."""
+    """How what is in front of B moves, whoever it is: what the middle one of the frames [F, SIZE, SIZE, 3] shows there
+    is looked for in all of them. Returns poses [F, 4] of that cut-out, and its root mean square radius in pixels."""
     V, middle = halved(video), len(video) // 2
     D = np.square(V - B).sum(-1)[middle]
     front = box(D[..., None], 3) > EMPTY + 2 * np.median(D)
@@ -445,9 +450,9 @@ def track(video: ndarray, B: ndarray) -> tuple[ndarray, float]:
 
 def classify(path: ndarray) -> str:
     """The motion of which the poses [F, 4] have the largest share of the usual amount; below a third, nothing moves."""
-    curves = np.stack([RAMP, ARCH - ARCH.mean()])  # orthogonal
-    amounts = (path - path.mean(0)).T @ curves.T / np.square(curves).sum(1)  # [4, 2]
-    shares = {name: amounts[part, int(curve is ARCH)] / amount for name, (_, _, part, amount, curve) in MOTIONS.items() if amount}
+    path = path - path.mean(0)
+    shares = {name: curve @ path[:, part] / amount / np.square(curve).sum()
+              for name, (_, _, part, amount, curve) in MOTIONS.items() if amount}
     shares["spin"] = np.abs(shares["spin"])  # either way round
     best = max(shares, key=shares.get)
     return best if shares[best] > 1 / 3 else "still"
@@ -457,7 +462,7 @@ def measure(video: ndarray, candidates: list[Subject], look: str) -> dict:
     """What a clip shows: uint8 [FRAMES, SIZE, SIZE, 3]; it may be blurred, noisy, or generated. Takes about a second.
 
     "identity": the candidate that fits best in the given look. "look": that in which the first candidate fits best.
-    "motion", "background". "movement": how far the subject moves, turns or grows, pixels per frame.
+    "motion", "background". "movement": pixels per frame by which the subject moves, turns or grows (median).
     """
     video = box(video, BLUR)
     V = halved(video)
@@ -474,7 +479,7 @@ def measure(video: ndarray, candidates: list[Subject], look: str) -> dict:
     return {"identity": max(candidates, key=lambda subject: explained[subject, look]),
             "look": max(LOOKS, key=lambda dressed: explained[candidates[0], dressed]),
             "motion": classify(path), "background": list(BACKGROUNDS)[kind],
-            "movement": float(np.sqrt(np.square(step).sum(1)).mean())}
+            "movement": float(np.median(np.sqrt(np.square(step).sum(1))))}
 
 
 def score(video: ndarray, scene: Scene, candidates: list[Subject]) -> dict[str, float]:
@@ -505,7 +510,8 @@ def draw_sheet(file: str = "world.png", tile: int = 96, margin: int = 130) -> No
     rows = [("subjects" * (i == 0), [portrait(s)[..., :3] for s in subjects[9 * i :][:9]]) for i in range(3)]
     rows += [(motion, render(sample_scene(rng, motion=motion, look="plain"))) for motion in MOTIONS]
     rows += [("backgrounds", [backdrop(name).astype(np.uint8) for name in BACKGROUNDS])]
-    rows += [(look, [render(Scene(s, "still", b, look, 3))[0] for s, b in zip(subjects, BACKGROUNDS)]) for look in LOOKS]
+    rows += [(look, [render(Scene(*shown, look, 3), 1)[0] for shown in zip(subjects, ["still"] * 8, BACKGROUNDS)])
+             for look in LOOKS]
     sheet = Image.new("RGB", (margin + 9 * (tile + 4), len(rows) * (tile + 4) + 4), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
     for row, (name, pictures) in enumerate(rows):

@@ -261,12 +261,12 @@ BAD = {
     "a layer more than in the config": (
         lambda: edit_json("toy/transformer/config.json", num_layers=3), T2V, ["unexpected", "transformer_blocks.3"]),
     "a shape that does not fit": (
-        lambda: edit_weights(f"toy/transformer/{WEIGHTS}", reshaped(Q)), T2V, [Q, "[3, 5]", "[128, 128]"]),
+        lambda: edit_weights(f"toy/transformer/{WEIGHTS}", reshaped(Q)), T2V, [Q, "[3, 5]", "[192, 192]"]),
     "a shape of the text encoder that does not fit": (
         lambda: edit_weights("toy/text_encoder/model.safetensors", reshaped(T5_Q)), T2V, [T5_Q, "[3, 5]", "[64, 64]"]),
     "a text encoder of another width": (lambda: new_base(text_embed_dim=96), f"{T2V} --model other", ["64", "96"]),
     "a DINO of another width": (
-        lambda: new_base(dino_dim=96, clip_dim=48, dino_tokens=65, clip_tokens=65),
+        lambda: new_base(dino_dim=48, clip_dim=96, dino_tokens=37, clip_tokens=37),
         "--image fox-alpha.png --prompt 'a fox' --model other", ["dino", "48", "96"]),
     # the adapter and its base
     "no adapter": (None, f"{FOX} --adapter nowhere", ["nowhere"]),

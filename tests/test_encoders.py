@@ -57,7 +57,7 @@ def test_text_features_are_padded_and_unmasked_as_in_the_official_pipeline(model
     prompts = ["a fox is running", "a cat made of gold in the snow"]
     inputs = oracle(prompts, padding="max_length", max_length=20, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        theirs = T5EncoderModel.from_pretrained(model / "text_encoder")(inputs.input_ids)[0]
+        theirs = T5EncoderModel.from_pretrained(model / "text_encoder", dtype=torch.float32)(inputs.input_ids)[0]
     assert relative_error(TextEncoder(model, length=20)(prompts), theirs) < 1e-6
 
 
@@ -113,14 +113,14 @@ def test_where_cls_goes(prompt, noun, expected):
 def test_image_tokens_are_the_last_layer_of_the_padded_image(model, part, network):
     import transformers
 
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 32, 3), dtype=np.uint8))
-    square = Image.new("RGB", (32, 32), "white")
-    square.paste(picture, (0, 8))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 48, 3), dtype=np.uint8))
+    square = Image.new("RGB", (48, 48), "white")
+    square.paste(picture, (0, 12))
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 255
     with torch.no_grad():
-        theirs = getattr(transformers, network).from_pretrained(model / part)(pixel_values=(pixels[None] - 0.5) / 0.5)
+        theirs = getattr(transformers, network).from_pretrained(model / part, dtype=torch.float32)(pixel_values=(pixels[None] - 0.5) / 0.5)
     ours = ImageEncoder(model, part)([picture])
-    assert ours.shape == (1, 65, toy.IMAGE_DIM)
+    assert ours.shape == (1, toy.IMAGE_TOKENS, toy.IMAGE_DIM)
     assert relative_error(ours, theirs.last_hidden_state) < 1e-5
 
 

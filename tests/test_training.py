@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cli import ROOT
+from conftest import VARIANTS, randomize, relative_error
 from safetensors.torch import load_file
 
 import distributed
@@ -23,7 +24,10 @@ import train_switch
 from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
 from distributed import bounds, last_checkpoint
+from lora import Adapter
+from model import Config, Transformer
 from training import Options, generator, learning_rate
+from vae import VAE, VAEConfig
 
 SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --p 0.4 --lr 0.01"
 SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001"
@@ -184,6 +188,103 @@ def test_shards_are_cut_as_torch_cuts_them(length, world):
         assert list(range(low, high)) == chunks[rank].tolist()
 
 
+# --- what is learned ----------------------------------------------------------------------------------------------------
+
+
+def encoded_sample(**more):
+    latents = {name: torch.randn(16, 3, 8, 8).half() for name in ("mean", "std")}
+    references = {name: torch.randn(4, 16, 8, 8).half() for name in ("ref_mean", "ref_std")}
+    return {**latents, **references, "text": torch.ones(toy.TOKENS, toy.TEXT_DIM).half(), **more}
+
+
+def vae():
+    return VAE(VAEConfig(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, scaling_factor=0.7))
+
+
+@pytest.mark.parametrize("unit,size", [("reference", 1), ("token", 16)])
+def test_references_are_dropped_at_the_rate_asked_for(unit, size, seed):
+    args, network = switch(f"--reference-drop 0.3 --reference-drop-unit {unit}"), vae()
+    encoded = encoded_sample()
+    kept = [train_switch.draw(encoded, generator(seed, "x", i), network, args)[-1] for i in range(600)]
+    assert all(keep.shape == (16,) for keep in kept)
+    if unit == "reference":
+        assert all(keep.all() or not keep.any() for keep in kept)
+    rate = 1 - torch.stack(kept).float().mean().item()
+    assert abs(rate - 0.3) < 4 * math.sqrt(0.3 * 0.7 / (600 * size))
+
+
+def test_every_frame_is_drawn_as_reference(seed):
+    encoded = encoded_sample(ref_mean=torch.arange(4.0).view(4, 1, 1, 1).expand(4, 16, 8, 8), ref_std=torch.zeros(4, 16, 8, 8))
+    drawn = [train_switch.draw(encoded, generator(seed, "x", i), vae(), switch(""))[4] for i in range(40)]
+    assert {round(reference[0, 0, 0].item() / 0.7) for reference in drawn} == {0, 1, 2, 3}
+
+
+def test_conditions_of_sugar_are_dropped_independently_at_their_rates(seed):
+    args, network, n = train_sugar.parse([]), vae(), 1500
+    null = torch.zeros(toy.TOKENS, toy.TEXT_DIM).half()
+    encoded = encoded_sample(dino=torch.ones(65, 8), clip=torch.ones(65, 8))
+    samples = [train_sugar.draw(encoded, generator(seed, "x", i), network, null, args) for i in range(n)]
+    dropped = np.array([[not s[6], not s[7], not s[3].any()] for s in samples], dtype=float)
+    for column, rate in enumerate((0.5, 0.2, 0.2)):  # SUGAR 3.2
+        assert abs(dropped[:, column].mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / n)
+    assert np.abs(np.corrcoef(dropped.T) - np.eye(3)).max() < 4 / math.sqrt(n)
+
+
+def test_only_the_lora_learns_and_the_norms_lora_only_from_the_reference():
+    model = train_switch.prepare(randomize(Transformer(Config(**VARIANTS["5b"]))), Adapter(rank=2, alpha=2, dropout=0))
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad == (".lora_" in key)
+        if ".lora_B." in key:
+            torch.nn.init.normal_(parameter)
+    x, t, text, reference = torch.randn(1, 3, 16, 8, 8), torch.tensor([500]), torch.randn(1, 10, 32), torch.randn(1, 16, 8, 8)
+
+    def learned(**given):
+        model.zero_grad()
+        model(x, t, text, **given).square().mean().backward()
+        return {key for key, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+    loras = {key for key, p in model.named_parameters() if p.requires_grad}
+    norms = {key for key in loras if "norm" in key}
+    last = {key for key in norms if "transformer_blocks.1.norm2" in key}  # what comes after the last attention is not seen
+    assert learned(reference=reference) >= loras - last and norms
+    assert not learned() & norms
+    assert not learned(reference=reference, keep_reference=torch.zeros(1, 16, dtype=torch.bool)) & norms
+
+
+def test_the_frozen_half_is_truly_unchanged(base, tmp_path):
+    arguments = SUGAR.replace("mix", "tsf") + " --steps 2 --warmup 1 --lr 0.01"
+    finish(start("train_sugar.py", base, tmp_path / "run", arguments))
+    real, mixed = (load_file(tmp_path / f"run/{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("real", "mixed"))
+    first = {key for key in real if re.match(r"transformer_blocks\.[01]\.", key)}  # of four
+    assert len(first) > 30 and all(torch.equal(real[key], mixed[key]) for key in first)
+    changed = {key for key in real if not torch.equal(real[key], mixed[key])}
+    assert {"patch_embed.proj.weight", "dino_proj.weight", "null_dino", "transformer_blocks.2.attn1.to_q.weight"} <= changed
+    assert not changed & first
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model, given = Transformer(Config(**VARIANTS["5b"])), dict(
+        x=torch.randn(1, 3, 16, 8, 8), t=torch.tensor([500]), text=torch.randn(1, 10, 32))
+    model(**given).square().mean().backward()
+    expected = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+    ranks = distributed.start("cpu")
+    distributed.shard(model, list(model.transformer_blocks), ranks, torch.float32, recompute=True)
+    model(**given).square().mean().backward()
+    for key, p in model.named_parameters():
+        assert relative_error(p.grad.to_local(), expected[key]) < 1e-4 or expected[key].norm() < 1e-6, key
+
+
+@pytest.mark.parametrize("main", [train_switch.main, train_sugar.main])
+def test_the_plan_says_what_a_run_takes_and_does_not_train(main, base, tmp_path, capsys):
+    assert main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --gpu-memory 0.001 --rate 10".split()) == 0
+    said = capsys.readouterr().out
+    for phrase in ("trainable parameters", "tokens in a sample", "AdamW", "activations of 16", "hours", "disk per checkpoint",
+                   "warning: "):
+        assert phrase in said
+    assert not (tmp_path / "run").exists()
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +304,7 @@ def test_what_an_example_is_encoded_to(stream, sugar, encoders):
     assert encoded["mean"].shape == encoded["std"].shape == (16, T, 8, 8)
     assert encoded["text"].shape == (toy.TOKENS, toy.TEXT_DIM)
     if sugar:
-        assert encoded["dino"].shape == encoded["clip"].shape == (65, toy.IMAGE_DIM)
+        assert encoded["dino"].shape == encoded["clip"].shape == (toy.IMAGE_TOKENS, toy.IMAGE_DIM)
     else:
         assert encoded["ref_mean"].shape == ((1 if stream == "pairs" else 4), 16, 8, 8)
     assert {value.dtype for value in encoded.values()} == {torch.float16}
