@@ -98,15 +98,15 @@ def targets(model: nn.Module, names: tuple[str, ...] = SWITCH_TARGETS) -> Iterat
 
 
 def inject(model: nn.Module, rank: int = 128, alpha: float = 64.0, dropout: float = 0.1,
-           names: tuple[str, ...] = SWITCH_TARGETS) -> list[str]:
+           names: tuple[str, ...] = SWITCH_TARGETS, dtype: torch.dtype | None = None) -> list[str]:
     """Adds a LoRA to every layer of `model` that `names` reach, and returns their names. The layers' own weights are
-    frozen; A is drawn as PEFT draws it, B is zero.
+    frozen; A is drawn as PEFT draws it, B is zero. dtype: of the LoRA, None is that of each layer.
     """
     found = [(name, module) for name, module in targets(model, names) if isinstance(module, (nn.Linear, nn.Conv2d))]
     if not found:
         raise ValueError(f"No linear layer or convolution of the model is named {', '.join(names)}.")
     for _, layer in found:
-        place = {"device": layer.weight.device, "dtype": layer.weight.dtype, "bias": False}
+        place = {"device": layer.weight.device, "dtype": dtype or layer.weight.dtype, "bias": False}
         if isinstance(layer, nn.Conv2d):
             A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, **place)
             B = nn.Conv2d(rank, layer.out_channels, 1, **place)

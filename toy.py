@@ -55,7 +55,7 @@ def write_tokenizer(folder: Path) -> int:
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(world.sentences()), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=200, hard_vocab_limit=False, pad_id=0, eos_id=1,
+        input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=400, hard_vocab_limit=False, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, model_type="unigram", minloglevel=2,
         required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'-")
     corpus.unlink()

@@ -77,17 +77,17 @@ def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAE, args: argpars
 
 
 def prepare(model: Transformer, adapter: Adapter) -> Transformer:
-    """The base frozen and a LoRA injected: only the LoRA learns."""
+    """The base frozen, in the type it is stored in, and a LoRA injected in float32: only the LoRA learns."""
     model.requires_grad_(False)
-    inject(model, adapter.rank, adapter.alpha, adapter.dropout)
+    inject(model, adapter.rank, adapter.alpha, adapter.dropout, dtype=torch.float32)
     model.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
     return model
 
 
 def plan_run(config: Config, adapter: Adapter, args: argparse.Namespace, world: int) -> None:
     with torch.device("meta"):
-        model = prepare(Transformer(config), adapter)
-    block = prepare(Transformer(replace(config, num_layers=1)), adapter).bfloat16().transformer_blocks[0]
+        model = prepare(Transformer(config).bfloat16(), adapter)
+    block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
     frames, h, w = (config.sample_frames - 1) // 4 + 1, config.sample_height, config.sample_width
     tokens = config.max_text_seq_length + (frames + 1) * h * w // config.patch_size**2  # the video phase, with a reference
     phases = [phase_of(step, args) for step in range(args.steps)]
@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return plan_run(config, adapter, args, ranks.world)
     torch.manual_seed(args.seed)
-    model = prepare(load_transformer(checkpoint.need(folder, "transformer"), ranks.device), adapter)
+    weights = checkpoint.need(folder, "transformer")
+    model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
     alpha_bar = alpha_bar_schedule(checkpoint.read_json(checkpoint.need(folder, "scheduler") / "scheduler_config.json"))
     alpha_bar = alpha_bar.to(ranks.device)

@@ -128,7 +128,8 @@ def print_plan(model: nn.Module, block: nn.Module, tokens: int, samples: int, ar
     one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim), 2 * config.dim
     kept = one + inputs * config.num_layers if args.recompute else one * config.num_layers
     largest = sum(p.numel() for p in block.parameters())
-    parts = {"weights, float32, sharded": 4 * (trained * copies + frozen) / world,
+    weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
+    parts = {"weights, sharded": weights / world,
              "gathered blocks, two at a time": 2 * 2 * largest, "gradients, sharded": 4 * trained / world,
              "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch}
     total = sum(parts.values()) / 1e9
