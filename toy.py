@@ -32,7 +32,7 @@ from pipeline import Request, Sampler
 from training import Options, generator, train
 from vae import VAE, VAEConfig, save_vae
 
-TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 32  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
+TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 40  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
 SIDE, PATCH = 48, 8  # pixels of the image encoders' input and of their patches
 IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1
 BASE = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, time_embed_dim=64, text_embed_dim=TEXT_DIM,
