@@ -4,6 +4,9 @@ PY := .venv/bin/python
 
 .PHONY: sample test clean
 
+# Threads that wait for others must not take their processor.
+export OMP_WAIT_POLICY ?= passive
+
 sample: .venv/.ready checkpoints/toy/model_index.json
 	$(PY) sample.py --image examples/fox.png --prompt "a fox is jumping in the snow" --adapter checkpoints/toy/switch \
 	    --out samples/switch.gif
@@ -28,4 +31,4 @@ checkpoints/toy/model_index.json: toy.py | .venv/.ready
 	touch $@ .venv/.ready
 
 clean:
-	rm -rf .venv samples .pytest_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv samples runs .pytest_cache .hypothesis __pycache__ tests/__pycache__

@@ -92,8 +92,9 @@ class Encoder:
     dino, clip     [N, D]                 SUGAR: tokens of the identity image
     """
 
-    def __init__(self, model: Path, cls: str, text_length: int, device, dtype: torch.dtype, sugar: bool = False,
-                 reference_frames: int = 4):
+    def __init__(self, model: Path, cls: str, text_length: int, device, sugar: bool = False, reference_frames: int = 4):
+        device, weights = torch.device(device), checkpoint.need(model, "transformer")
+        dtype = torch.float32 if device.type == "cpu" else checkpoint.stored_dtype(weights)  # as for sampling
         self.device, self.dtype, self.cls, self.reference_frames = device, dtype, cls, reference_frames
         self.vae: VAE = load_vae(checkpoint.need(model, "vae"), device, dtype)
         self.text_encoder = TextEncoder(model, cls, text_length, dtype)

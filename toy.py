@@ -304,7 +304,7 @@ class Builder:
         """The text-to-video base ("base"), or the image-to-video model ("i2v"): clips in all looks, a fifth pictures."""
         i2v = stage == "i2v"
         model = new_transformer(**({"in_channels": 32} if i2v else {})).to(self.ranks.device)
-        encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, torch.float32, reference_frames=1)
+        encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
         streams = {name: Stream(Toy(name, self.seed), max(round(count * self.scale), 8), encoder, self.seed)
                    for name, count in (("styled", 20000), ("pairs", 8000))}
         alpha_bar, null = alpha_bar_schedule(SCHEDULE).to(self.ranks.device), encoder.text("")

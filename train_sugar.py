@@ -80,7 +80,7 @@ def freeze_first_half(model: Transformer) -> None:
         block.requires_grad_(False)
 
 
-def plan_run(config: Config, args: argparse.Namespace, world: int) -> None:
+def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int) -> None:
     """The first stage, which trains the most. DINOv2-large and CLIP ViT-L/14 where the base says nothing of them."""
     with torch.device("meta"):
         model = Transformer(config if config.sugar else replace(config, dino_dim=1024, clip_dim=1024, design=args.design))
@@ -89,7 +89,7 @@ def plan_run(config: Config, args: argparse.Namespace, world: int) -> None:
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
     stages = len(stages_of(args))
     print(f"{stages} stage{'s' * (stages > 1)} of {args.steps:,} steps; what follows is for the first")
-    print_plan(model, block, tokens, args.steps * args.batch, args, world)
+    print_plan(model, block, folder, tokens, args.steps * args.batch, args, world)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> None:
     if config.image_to_video:
         raise BadInput(f"SUGAR cannot stand on {args.model}, an image-to-video model: it needs a text-to-video base.")
     if args.plan:
-        return plan_run(config, args, ranks.world)
-    encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, torch.float32, sugar=True)
+        return plan_run(config, folder, args, ranks.world) if ranks.first else None
+    encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
     image = {f"{part}_{name}": value for part, network in encoder.image_encoders.items() for name, value in
              (("dim", network.network.config.hidden_size), ("tokens", network.tokens))}
     triplets = Toy("triplets", args.seed)

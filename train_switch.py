@@ -84,7 +84,7 @@ def prepare(model: Transformer, adapter: Adapter) -> Transformer:
     return model
 
 
-def plan_run(config: Config, adapter: Adapter, args: argparse.Namespace, world: int) -> None:
+def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Namespace, world: int) -> None:
     with torch.device("meta"):
         model = prepare(Transformer(config).bfloat16(), adapter)
     block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
@@ -92,7 +92,7 @@ def plan_run(config: Config, adapter: Adapter, args: argparse.Namespace, world: 
     tokens = config.max_text_seq_length + (frames + 1) * h * w // config.patch_size**2  # the video phase, with a reference
     phases = [phase_of(step, args) for step in range(args.steps)]
     samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
-    print_plan(model, block, tokens, samples, args, world)
+    print_plan(model, block, folder, tokens, samples, args, world)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput(f"Switch cannot stand on {args.model}: it needs a text-to-video base with rotary positions and a "
                        f"temporal patch of 1, that is CogVideoX-5b or the toy.")
     if args.plan:
-        return plan_run(config, adapter, args, ranks.world)
+        return plan_run(config, adapter, folder, args, ranks.world) if ranks.first else None
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")
     model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     alpha_bar = alpha_bar.to(ranks.device)
 
     # The two data sets: D_S2I and D_vid.
-    encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device, torch.float32,
+    encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)
     streams = {"image": Stream(Toy("pairs", args.seed), args.images, encoder, args.seed),
                "video": Stream(Toy("videos", args.seed), args.videos, encoder, args.seed)}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import checkpoint
 from checkpoint import BadInput
 from distributed import Ranks, last_checkpoint, load_checkpoint, save_checkpoint
 
@@ -116,12 +117,15 @@ def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 64
     return sum(size for size, _ in kept.values()) / tokens
 
 
-def print_plan(model: nn.Module, block: nn.Module, tokens: int, samples: int, args: argparse.Namespace, world: int) -> None:
+def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, samples: int, args: argparse.Namespace,
+               world: int) -> None:
     """--plan: what a run would take.
 
     model: on the meta device, with what is frozen frozen; block: one of its blocks for real, on the CPU in bfloat16;
-    tokens: of the longest sample; samples: in the whole run.
+    folder: of the base; tokens: of the longest sample; samples: in the whole run.
     """
+    there = [(checkpoint.part(folder, name), stem) for name, stem in (("vae", checkpoint.WEIGHTS), ("text_encoder", "model"))]
+    encoders = sum(entry.nbytes for part, stem in there if part for entry in checkpoint.index(part, stem).values())
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
@@ -129,7 +133,7 @@ def print_plan(model: nn.Module, block: nn.Module, tokens: int, samples: int, ar
     kept = one + inputs * config.num_layers if args.recompute else one * config.num_layers
     largest = sum(p.numel() for p in block.parameters())
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
-    parts = {"weights, sharded": weights / world,
+    parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,
              "gathered blocks, two at a time": 2 * 2 * largest, "gradients, sharded": 4 * trained / world,
              "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch}
     total = sum(parts.values()) / 1e9

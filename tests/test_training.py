@@ -290,7 +290,7 @@ def test_the_plan_says_what_a_run_takes_and_does_not_train(main, base, tmp_path,
 
 @pytest.fixture(scope="module")
 def encoders(base):
-    return {sugar: Encoder(base, "none" if sugar else "token", toy.TOKENS, "cpu", torch.float32, sugar=sugar)
+    return {sugar: Encoder(base, "none" if sugar else "token", toy.TOKENS, "cpu", sugar=sugar)
             for sugar in (False, True)}
 
 
@@ -315,7 +315,7 @@ def test_a_random_frame_is_one_of_the_video_and_first_is_the_first(base, encoder
     frames = [encoders[False].posterior(frame[None])[0][:, 0] for frame in example.video]
     encoded = encoders[False](example, np.random.default_rng(0))
     assert all(any(torch.equal(ours, frame) for frame in frames) for ours in encoded["ref_mean"])
-    first = Encoder(base, "token", toy.TOKENS, "cpu", torch.float32, reference_frames=1)
+    first = Encoder(base, "token", toy.TOKENS, "cpu", reference_frames=1)
     assert torch.equal(first(example, np.random.default_rng(0))["ref_mean"][0], frames[0])
 
 
