@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def start(device: str | None = None) -> Ranks:
     kind = (device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
     if not dist.is_initialized():
         place = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", **place)
+        # A rank that waits longer than this for another will not see it again: it ends, and torchrun starts all anew.
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10), **place)
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(where)

@@ -26,7 +26,8 @@ from data import Encoder, OneFrame, Stream, Toy, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors
 from pipeline import Settings
-from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
+from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
+                      train)
 from vae import VAE
 from validation import Validation
 
@@ -163,12 +164,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

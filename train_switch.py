@@ -23,7 +23,8 @@ from diffusion import T, alpha_bar_schedule, training_loss
 from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
 from pipeline import switch_stands_on
-from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
+from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
+                      train)
 from vae import VAE
 from validation import Validation
 
@@ -149,12 +150,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

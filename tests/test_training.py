@@ -131,6 +131,24 @@ def test_two_ranks_are_one_rank_and_what_two_saved_one_resumes(script, arguments
     assert all((resumed[key] - two[key]).norm() <= 2e-3 * two[key].norm() + 1e-6 for key in two)
 
 
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    ranks, tensors = distributed.start("cpu"), {"model.x": torch.arange(6.0)}
+    state = {"step": 1, "positions": {}, "skipped": 0, "settings": {}}
+    distributed.save_checkpoint(tmp_path, tensors, state, ranks, keep=2)
+
+    def full(tensors, name):
+        name.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(distributed, "save_file", full)
+    with pytest.raises(BadInput, match="step-000002 could not be written.*No space left.*last whole one is .*step-000001"):
+        distributed.save_checkpoint(tmp_path, tensors, {**state, "step": 2}, ranks, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    found = {"model.x": torch.zeros(6)}
+    distributed.load_checkpoint(*last_checkpoint(tmp_path), found, ranks)
+    assert torch.equal(found["model.x"], tensors["model.x"])
+
+
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
