@@ -152,7 +152,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
 
     settings = Settings(0, 0, 0, 8, "ddim", steps=20, omega_image=2.5, omega_text=5.0)
     validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed, tuple(world.LOOKS)), out, ranks, dtype,
-                            settings=settings)
+                            args.validate_count, settings=settings)
     state = train(model, options_of(args, out=out), ranks, plan, loss_of, validation,
                   settings_of(args, stage=stage.name, weights=str(weights)))
     if state.step < args.steps:

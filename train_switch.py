@@ -140,6 +140,7 @@ def run(args: argparse.Namespace) -> None:
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
     validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed), args.out, ranks, dtype,
+                            args.validate_count,
                             with_reference=args.strategy != "video-only")
     state = train(model, options_of(args), ranks, plan, loss_of, validation, settings_of(args))
     if state.step == args.steps:

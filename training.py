@@ -49,6 +49,7 @@ class Options:
     save_every: int = 500
     keep: int = 3
     validate_every: int = 500
+    validate_count: int = 4
     max_skipped: int = 10
     resume: bool = True
 
@@ -58,7 +59,7 @@ class Options:
                 "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up",
                 "clip": "largest gradient norm", "micro_batch": "samples a rank takes at a time; the global batch does not "
                 "depend on it", "ema": "decay of an exponential moving average of the weights; 0 is none",
-                "keep": "checkpoints that are kept", "max_skipped": "steps with a loss that is not finite before stopping"}
+                "keep": "checkpoints that are kept", "validate_count": "held-out subjects on a validation sheet; 0 is no sheet", "max_skipped": "steps with a loss that is not finite before stopping"}
         for name, option in Options.__dataclass_fields__.items():
             default = defaults.get(name, option.default if option.default is not None else None)
             if name == "resume":
@@ -95,8 +96,8 @@ def options_of(args: argparse.Namespace, **changes) -> Options:
 
 def settings_of(args: argparse.Namespace, **more) -> dict:
     """What makes a run what it is: the flags without those that change neither weights nor metrics."""
-    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "resume", "max_skipped", "recompute",
-            "plan", "gpu_memory", "rate"}
+    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "resume", "max_skipped",
+            "recompute", "plan", "gpu_memory", "rate"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 
@@ -252,7 +253,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
             saved = state.step
         if stopping:
             break
-        if state.step % options.validate_every == 0 or state.step == options.steps:
+        if options.validate_count and (state.step % options.validate_every == 0 or state.step == options.steps):
             model.eval()
             validate(state.step)
     bar.close()

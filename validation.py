@@ -21,11 +21,10 @@ class Validation:
     """
 
     def __init__(self, model: nn.Module, encoder: Encoder, alpha_bar: torch.Tensor, examples: ToyTest, out: Path, ranks: Ranks,
-                 dtype: torch.dtype, with_reference: bool = True, settings: Settings | None = None, count: int = 4,
-                 steps: int = 20):
+                 dtype: torch.dtype, count: int = 4, with_reference: bool = True, settings: Settings | None = None):
         self.model, self.encoder, self.alpha_bar, self.examples = model, encoder, alpha_bar, examples
         self.out, self.ranks, self.dtype, self.with_reference = out, ranks, dtype, with_reference
-        self.count, self.settings = count, settings or Settings(0, 0, 0, 8, "ddim", steps=steps)
+        self.count, self.settings = count, settings or Settings(0, 0, 0, 8, "ddim", steps=20)
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:

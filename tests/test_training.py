@@ -15,6 +15,7 @@ import pytest
 import torch
 from cli import ROOT
 from conftest import VARIANTS, randomize, relative_error
+from PIL import Image
 from safetensors.torch import load_file
 
 import distributed
@@ -31,7 +32,7 @@ from vae import VAE, VAEConfig
 
 SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --p 0.4 --lr 0.01"
 SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001"
-QUIET = "--validate-every 1000 --save-every 2"
+QUIET = "--validate-count 0 --save-every 2"
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +270,14 @@ def test_only_the_lora_learns_and_the_norms_lora_only_from_the_reference():
     assert not learned(reference=reference, keep_reference=torch.zeros(1, 16, dtype=torch.bool)) & norms
 
 
-def test_the_frozen_half_is_truly_unchanged(base, tmp_path):
-    arguments = SUGAR.replace("mix", "tsf") + " --steps 2 --warmup 1 --lr 0.01"
+def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, tmp_path):
+    arguments = SUGAR.replace("mix", "tsf") + " --steps 2 --warmup 1 --lr 0.01 --validate-count 1"
     finish(start("train_sugar.py", base, tmp_path / "run", arguments))
+    for stage in ("real", "mixed"):
+        sheet = Image.open(tmp_path / f"run/{stage}/validation/step-000002.png")
+        assert sheet.height == 2 * 64 + 4 and Image.open(tmp_path / f"run/{stage}/validation/step-000002.gif").n_frames > 1
+        [line] = (tmp_path / f"run/{stage}/validation.jsonl").read_text().splitlines()
+        assert json.loads(line).keys() == {"step", "identity", "motion", "background", "look", "movement"}
     real, mixed = (load_file(tmp_path / f"run/{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("real", "mixed"))
     first = {key for key in real if re.match(r"transformer_blocks\.[01]\.", key)}  # of four
     assert len(first) > 30 and all(torch.equal(real[key], mixed[key]) for key in first)
