@@ -16,7 +16,7 @@ sample: .venv/.ready checkpoints/toy/model_index.json
 test: .venv/.ready-test
 	$(PY) -m pytest
 
-checkpoints/toy/model_index.json: toy.py | .venv/.ready
+checkpoints/toy/model_index.json: | .venv/.ready
 	$(PY) toy.py init
 
 .venv/bin/python:

@@ -69,11 +69,11 @@ class LoRA:
 
 
 class LoRALinear(LoRA, nn.Linear):
-    pass
+    """A linear layer with a LoRA: A [rank, in], B [out, rank]."""
 
 
 class LoRAConv2d(LoRA, nn.Conv2d):
-    pass
+    """A convolution with a LoRA: A [rank, in, k, k] does the convolving, B [out, rank, 1, 1] mixes channels."""
 
 
 def without_lora(layer: nn.Module, x: Tensor) -> Tensor:

@@ -436,6 +436,7 @@ def track(video: ndarray, B: ndarray) -> tuple[ndarray, float]:
     V, middle = halved(video), len(video) // 2
     D = np.square(V - B).sum(-1)[middle]
     front = box(D[..., None], 3) > EMPTY + 2 * np.median(D)
+    front = box(front, 3) > 0.99  # without the rim, into which a background is mixed that stays where it is
     if front.sum() < 8:  # nothing there
         return np.zeros((len(video), 4)), 0.0
     rows, columns, _ = np.nonzero(front)
@@ -445,7 +446,7 @@ def track(video: ndarray, B: ndarray) -> tuple[ndarray, float]:
     cut[SIZE - y : 2 * SIZE - y, SIZE - x : 2 * SIZE - x] = np.concatenate([video[middle] * alpha, alpha], axis=-1)
     cut = box(cut[HALF:-HALF, HALF:-HALF].repeat(2, 0).repeat(2, 1), 3)
     cut[[0, -1]] = cut[:, [0, -1]] = 0  # place() repeats the border
-    poses, _ = fit(cut, HALF, np.linspace(-0.5, 0.5, 7), np.arange(0, 360, 22.5), V, B)
+    poses, _ = fit(cut, HALF, np.linspace(-0.5, 0.5, 6), np.arange(0, 360, 12), V, B)
     poses[:, 3] = np.degrees(np.unwrap(np.radians(poses[:, 3])))
     return poses, 2 * np.sqrt(rows.var() + columns.var())
 
