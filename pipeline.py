@@ -217,7 +217,7 @@ class Sampler:
         """A sample of the posterior of the fitted image, [1, 16, H/8, W/8], scaled for the transformer."""
         pixels = media.image_to_tensor(image)[None, :, None].to(self.device, self.dtype)
         mean, std = vae.encode(pixels)
-        return vae.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
+        return vae.config.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
 
     def run(self, requests: list[Request], settings: Settings, rank: int = 0) -> None:
         """Makes and writes the videos."""
@@ -256,7 +256,7 @@ class Sampler:
                 latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
                                          lambda: draw(*x.shape).to(self.device), progress)
             with self.on_device(vae):
-                video = vae.decode(vae.unscale(to(latents[:, pad:].transpose(1, 2))))[0]
+                video = vae.decode(vae.config.unscale(to(latents[:, pad:].transpose(1, 2))))[0]
             yield request, video
 
     def write(self, request: Request, settings: Settings, frames) -> None:

@@ -37,6 +37,14 @@ class VAEConfig:
     scaling_factor: float = 1.15258426
     invert_scale_latents: bool = False  # 1.5: the image's latents are divided by scaling_factor, not multiplied
 
+    def scale(self, z: Tensor, image: bool = False) -> Tensor:
+        """From the VAE's latents to the transformer's. image: the first frame that an I2V model is given."""
+        return z / self.scaling_factor if image and self.invert_scale_latents else z * self.scaling_factor
+
+    def unscale(self, z: Tensor) -> Tensor:
+        """From the transformer's latents to the VAE's."""
+        return z / self.scaling_factor
+
 
 class CausalConv3d(nn.Module):
     """Convolution that sees the present and the past: the time before the first frame is that frame repeated."""
@@ -49,6 +57,9 @@ class CausalConv3d(nn.Module):
     def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [B, C, T, H, W]
         if self.past:
             before = cache.get(self)
+            if before is None and x.shape[2] == 1:  # a picture sees itself throughout time, so the kernel is summed over time
+                conv = self.conv
+                return F.conv2d(x[:, :, 0], conv.weight.sum(dim=2), conv.bias, padding=conv.padding[1:]).unsqueeze(2)
             if before is None:
                 before = x[:, :, :1].expand(-1, -1, self.past, -1, -1)
             x = torch.cat([before, x], dim=2)
@@ -214,7 +225,7 @@ class VAE(nn.Module):
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior of video [B, 3, F, H, W] in [-1, 1], F = 1 or 8k+1: mean and deviation, each
-        [B, 16, T, H/8, W/8], not yet scaled (see scale())."""
+        [B, 16, T, H/8, W/8], not yet scaled (see VAEConfig.scale)."""
         frames = video.shape[2]
         if frames != 1 and frames % 8 != 1:
             raise ValueError(f"The VAE encodes 1 or 8k+1 frames, not {frames}.")
@@ -222,19 +233,10 @@ class VAE(nn.Module):
         return mean, (0.5 * log_variance.clamp(-30, 20)).exp()
 
     def decode(self, z: Tensor) -> Tensor:
-        """Video [B, 3, F, H, W] from latents [B, 16, T, H/8, W/8], T = 1 or odd, unscaled (see scale())."""
+        """Video [B, 3, F, H, W] from latents [B, 16, T, H/8, W/8], T = 1 or odd, unscaled (see VAEConfig.scale)."""
         if z.shape[2] % 2 != 1:
             raise ValueError(f"The VAE decodes an odd number of latent frames, not {z.shape[2]}.")
         return self.in_tiles(z, self.decoder, 2, self.latent_tile, self.tile)
-
-    def scale(self, z: Tensor, image: bool = False) -> Tensor:
-        """From the VAE's latents to the transformer's. image: the first frame that an I2V model is given."""
-        inverted = image and self.config.invert_scale_latents
-        return z / self.config.scaling_factor if inverted else z * self.config.scaling_factor
-
-    def unscale(self, z: Tensor) -> Tensor:
-        """From the transformer's latents to the VAE's."""
-        return z / self.config.scaling_factor
 
     def in_tiles(self, x: Tensor, network: nn.Module, chunk: int, sides_in: list[int], sides_out: list[int]) -> Tensor:
         """Runs encoder or decoder over x, in overlapping tiles when self.tiled is set and x is larger than one: for

@@ -50,14 +50,14 @@ class Validation:
         to = lambda tensor: tensor[None].to(self.ranks.device, self.dtype)
         given = Conditions(to(self.encoder.text(example.text, example.noun)), to(self.encoder.text("")))
         height, width = example.video.shape[1:3]
-        if self.encoder.image_encoders:
+        if self.encoder.sugar:
             image = media.on_white(example.image)
             given.dino, given.clip = (to(encoder([image])[0]) for encoder in self.encoder.image_encoders.values())
         elif self.with_reference:
             fitted = np.asarray(media.fit(example.image, height, width, "pad"))
-            given.reference = to(self.encoder.vae.scale(self.encoder.posterior(fitted[None])[0].float())[:, 0])
+            given.reference = to(self.encoder.vae_config.scale(self.encoder.posterior(fitted[None])[0].float())[:, 0])
         T = (len(example.video) - 1) // 4 + 1
         x = noise_source(seed)(1, T, self.model.config.out_channels, height // 8, width // 8).to(self.ranks.device)
         latents = sample_latents(self.model, given, self.alpha_bar.cpu(), self.settings, x, noise=lambda: None)
         vae = self.encoder.vae
-        return media.video_to_frames(vae.decode(vae.unscale(latents.transpose(1, 2)).to(self.encoder.dtype))[0])
+        return media.video_to_frames(vae.decode(vae.config.unscale(latents.transpose(1, 2)).to(self.encoder.dtype))[0])

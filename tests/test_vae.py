@@ -80,8 +80,8 @@ def test_frames_that_the_official_vae_cannot_do_are_refused():
 @pytest.mark.parametrize("inverted", [False, True])
 def test_scaling(inverted):
     ours, z = VAE(VAEConfig(**TINY_VAE, scaling_factor=0.7, invert_scale_latents=inverted)), torch.randn(1, 16, 1, 2, 2)
-    assert torch.equal(ours.scale(z), z * 0.7) and torch.equal(ours.unscale(z), z / 0.7)
-    assert torch.equal(ours.scale(z, image=True), z / 0.7 if inverted else z * 0.7)
+    assert torch.equal(ours.config.scale(z), z * 0.7) and torch.equal(ours.config.unscale(z), z / 0.7)
+    assert torch.equal(ours.config.scale(z, image=True), z / 0.7 if inverted else z * 0.7)
 
 
 def test_files_both_ways(tmp_path):
