@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,10 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value.item())
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        dist.barrier()
+
     def mean(self, value: Tensor) -> float:
         """The mean over ranks of a scalar."""
         value = value.detach().double().to(self.device).clone()
@@ -73,6 +78,16 @@ def start(device: str | None = None) -> Ranks:
     if kind == "cuda":
         torch.cuda.set_device(where)
     return Ranks(rank, world, where, init_device_mesh(kind, (world,)))
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process with an exit status, without Python's own clearing up: while that goes on, threads of the process
+    group still run, and now and then they abort a process that has done all its work."""
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16,

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import checkpoint
 from checkpoint import BadInput
-from distributed import Ranks, last_checkpoint, load_checkpoint, save_checkpoint
+from distributed import Ranks, last_checkpoint, load_checkpoint, local, save_checkpoint
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -106,7 +106,7 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a probability from 0 to 1.")
     for name in (*counts, "steps", "micro_batch", "save_every", "validate_every", "keep"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
 
 
@@ -192,10 +192,12 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
     settings: what a resumed run must share with the one that it continues.
     """
     folder, trained = options.out / "checkpoints", {k: p for k, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=options.lr, betas=(0.9, options.beta2), eps=1e-8,
-                                  weight_decay=options.weight_decay)
+    # AdamW works element by element, so each rank gives it the plain tensors that it holds: DTensors are slow to handle.
+    held = {key: nn.Parameter(local(p.detach())) for key, p in trained.items()}
+    optimizer = torch.optim.AdamW(held.values(), lr=options.lr, betas=(0.9, options.beta2), eps=1e-8,
+                                  weight_decay=options.weight_decay, fused=True)
     average = {key: p.detach().clone() for key, p in trained.items()} if options.ema else {}
-    tensors = state_tensors(trained, optimizer, average)
+    tensors = state_tensors(trained, held, optimizer, average)
     state, metrics = State(), options.out / "metrics.jsonl"
     found = last_checkpoint(folder) if options.resume else None
     if found is not None:
@@ -223,20 +225,23 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
             loss.backward()
             total += loss.detach().double().cpu()
         loss = ranks.mean(total)
-        norm = clip_grad_norm_(trained.values(), options.clip)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        for key, p in trained.items():
+            held[key].grad, p.grad = None if p.grad is None else local(p.grad), None
+        norm = get_total_norm(p.grad for p in held.values() if p.grad is not None)
+        norm = (ranks.mean(norm.square()) * ranks.world) ** 0.5  # of the whole gradient, of which each rank holds a part
+        clip_grads_with_norm_(held.values(), options.clip, torch.tensor(norm))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step, options)
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             for key, mean in average.items():
-                mean.lerp_(trained[key].detach(), 1 - options.ema)
+                local(mean).lerp_(held[key].detach(), 1 - options.ema)
         else:
             state.skipped += 1
             if state.skipped > options.max_skipped:
                 raise BadInput(f"The loss was not finite for {state.skipped} steps, the last one step {state.step} on {stream} "
                                f"samples {first} to {first + batch - 1}: lower --lr, or look at those samples.")
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         state.positions[stream] = first + batch
         line = {"step": state.step, "stream": stream, "loss": loss, "lr": learning_rate(state.step, options),
                 "grad_norm": norm, "samples": sum(state.positions.values()), "skipped": state.skipped}
@@ -266,12 +271,14 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
     return state
 
 
-def state_tensors(trained: dict[str, Tensor], optimizer: torch.optim.AdamW, average: dict[str, Tensor]) -> dict[str, Tensor]:
+def state_tensors(trained: dict[str, Tensor], held: dict[str, Tensor], optimizer: torch.optim.AdamW,
+                  average: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every tensor that a checkpoint holds, by name; AdamW's are created here, so that there is something to load into."""
     tensors = {f"model.{key}": p for key, p in trained.items()} | {f"ema.{key}": p for key, p in average.items()}
     for key, p in trained.items():
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        tensors |= {f"adamw.{name}.{key}": tensor for name, tensor in optimizer.state[p].items()}
+        state = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[held[key]] = {name: local(tensor.detach()) for name, tensor in state.items()}
+        tensors |= {f"adamw.{name}.{key}": tensor for name, tensor in state.items()}
     return tensors
 
 
