@@ -1,5 +1,7 @@
 """What a training example is: one form for every dataset, and what the frozen networks make of it.
 
+    python data.py cache ...      encodes a dataset once, for training without VAE and encoders (see cache.py)
+
     stream      example                                                   trains
     pairs       two pictures of one subject, caption of the second        Switch, image phase (3.3)
     videos      a video and its caption                                   Switch, video phase (3.4)
@@ -7,8 +9,11 @@
     triplets    the same, but the subject looks different in the image    SUGAR, synthetic videos (3.1)
 """
 
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +24,9 @@ from torch import Tensor
 import checkpoint
 import media
 import world
+from checkpoint import BadInput
 from encoders import ImageEncoder, TextEncoder, add_cls
-from vae import VAE, load_vae
+from vae import VAE, load_vae, read_config
 
 
 @dataclass
@@ -32,6 +38,10 @@ class Example:
     image: Image.Image | None = None  # of the subject: the other view (pairs), the identity image (subjects, triplets)
     noun: str | None = None  # of the subject in the text, where the data names it
     measure: Callable[[np.ndarray], dict[str, float]] | None = None  # exact scores of a generated video, where there are any
+
+
+class Broken(Exception):
+    """One example of a dataset cannot be had; the message says why. It is passed over, see Tolerant."""
 
 
 class Toy:
@@ -80,7 +90,12 @@ def shuffled(position: int, length: int, seed: int) -> int:
     """The index of the example at `position` of a stream that goes through `length` examples again and again, each time in
     another order."""
     epoch, place = divmod(position, length)
-    return int(np.random.default_rng((seed, epoch)).permutation(length)[place])
+    return int(order(length, seed, epoch)[place])
+
+
+@lru_cache(maxsize=4)
+def order(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(length)
 
 
 class Encoder:
@@ -90,23 +105,42 @@ class Encoder:
     text           [M, D]                 T5 features
     ref_mean, ref_std  [K, 16, H/8, W/8]  Switch: posterior of the other view, or of K frames of the video
     dino, clip     [N, D]                 SUGAR: tokens of the identity image
+
+    A network is loaded when it is first needed: training from a cache needs none.
     """
 
     def __init__(self, model: Path, cls: str, text_length: int, device, sugar: bool = False, reference_frames: int = 4):
-        device, weights = torch.device(device), checkpoint.need(model, "transformer")
-        dtype = torch.float32 if device.type == "cpu" else checkpoint.stored_dtype(weights)  # as for sampling
-        self.device, self.dtype, self.cls, self.reference_frames = device, dtype, cls, reference_frames
-        self.vae: VAE = load_vae(checkpoint.need(model, "vae"), device, dtype)
-        self.text_encoder = TextEncoder(model, cls, text_length, dtype)
-        self.text_encoder.t5.to(device)
-        self.image_encoders = {part: ImageEncoder(model, part, dtype) for part in ("dino", "clip")} if sugar else {}
-        for encoder in self.image_encoders.values():
-            encoder.network.to(device)
+        self.model, self.device, weights = model, torch.device(device), checkpoint.need(model, "transformer")
+        self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)  # as for sampling
+        self.cls, self.text_length, self.sugar, self.reference_frames = cls, text_length, sugar, reference_frames
+        self.vae_config = read_config(checkpoint.need(model, "vae"))
+
+    @cached_property
+    def vae(self) -> VAE:
+        return load_vae(checkpoint.need(self.model, "vae"), self.device, self.dtype)
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        encoder = TextEncoder(self.model, self.cls, self.text_length, self.dtype)
+        encoder.t5.to(self.device)
+        return encoder
+
+    @cached_property
+    def image_encoders(self) -> dict[str, ImageEncoder]:
+        encoders = {part: ImageEncoder(self.model, part, self.dtype) for part in ("dino", "clip")} if self.sugar else {}
+        for encoder in encoders.values():
+            encoder.network.to(self.device)
+        return encoders
 
     def text(self, text: str, noun: str | None = None) -> Tensor:
         """[M, D]; with <cls> where the model is trained with it. The empty text is null and stays empty."""
         text = add_cls(text, noun) if self.cls != "none" and text else text
         return self.text_encoder([text])[0].cpu().half()
+
+    @cached_property
+    def null(self) -> Tensor:
+        """[M, D], the features of the empty text. A cache has them stored."""
+        return self.text("")
 
     @torch.no_grad()
     def posterior(self, video: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -115,10 +149,12 @@ class Encoder:
         mean, std = self.vae.encode(pixels.to(self.dtype))
         return mean[0].cpu().half(), std[0].cpu().half()
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Tensor]:
+    def encode(self, example: Example, i: int, seed: int) -> dict[str, Tensor]:
+        """Example i as tensors; which frames are references follows from seed and i."""
+        rng = np.random.default_rng((seed, 7, i))
         mean, std = self.posterior(example.video)
         encoded = {"mean": mean, "std": std, "text": self.text(example.text, example.noun)}
-        if self.image_encoders:
+        if self.sugar:
             for part, encoder in self.image_encoders.items():
                 encoded[part] = encoder([example.image])[0].cpu().half()
             return encoded
@@ -151,15 +187,64 @@ class OneFrame:
         return replace(example, video=example.video[frame : frame + 1])
 
 
+class Tolerant:
+    """A dataset's first `length` examples, in which a broken one is replaced by the next that is whole. Each broken one is
+    listed once, with its reason, in `log`; when they are more than `share` of those that were met, the run stops."""
+
+    def __init__(self, dataset, length: int, log: Path, share: float = 0.1):
+        self.dataset, self.length, self.log, self.share = dataset, length, log, share
+        self.met: set[int] = set()
+        self.broken: set[int] = set()
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        self.listed = {json.loads(line)["example"] for line in lines}
+
+    def __getitem__(self, i: int) -> Example:
+        for j in ((i + step) % self.length for step in range(self.length)):
+            try:
+                self.met.add(j)
+                return self.dataset[j]
+            except Broken as error:
+                self.note(j, str(error))
+        raise BadInput(f"None of the {self.length} examples can be used; {self.log} says why.")
+
+    def note(self, i: int, reason: str) -> None:
+        if i not in self.broken:
+            self.broken.add(i)
+            if i not in self.listed:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with self.log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"example": i, "reason": reason}) + "\n")
+        if len(self.broken) >= 10 and len(self.broken) > self.share * len(self.met):
+            raise BadInput(f"{len(self.broken)} of the first {len(self.met)} examples cannot be used, more than "
+                           f"{self.share:.0%} (--broken); {self.log} says why. The last one: {reason}")
+
+
 class Stream:
-    """A dataset's first `length` examples in shuffled order, encoded when first met and kept in memory."""
+    """A dataset's first `length` examples in shuffled order. They are encoded when first met and kept in memory while there
+    is ROOM; those of a cache are encoded already."""
+
+    ROOM = 2 * 2**30  # bytes
 
     def __init__(self, dataset, length: int, encoder: Encoder, seed: int):
         self.dataset, self.length, self.encoder, self.seed = dataset, length, encoder, seed
         self.kept: dict[int, dict[str, Tensor]] = {}
+        self.size = 0  # of what is kept
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
         i = shuffled(position, self.length, self.seed)
-        if i not in self.kept:
-            self.kept[i] = self.encoder(self.dataset[i], np.random.default_rng((self.seed, 7, i)))
-        return self.kept[i]
+        if i in self.kept:
+            return self.kept[i]
+        example = self.dataset[i]
+        if not isinstance(example, Example):
+            return example
+        encoded = self.encoder.encode(example, i, self.seed)
+        if self.size < self.ROOM:
+            self.kept[i] = encoded
+            self.size += sum(tensor.nbytes for tensor in encoded.values())
+        return encoded
+
+
+if __name__ == "__main__":
+    import cache
+
+    sys.exit(cache.main())

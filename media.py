@@ -1,12 +1,16 @@
 """Images and videos as files: reading whatever photograph a person brings, cutting out, fitting, writing videos."""
 
 import json
+import re
+import subprocess
 import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -134,6 +138,83 @@ def save_video(frames: np.ndarray, path: Path, fps: float, metadata: dict) -> No
                                             macro_block_size=1, output_params=options)) as writer:
                 for frame in frames:
                     writer.append_data(frame)
+
+
+# --- reading videos ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a clip is made to be, and what happens to a file that is too little for it."""
+
+    frames: int = 49
+    height: int = 480
+    width: int = 720
+    fps: float = 8
+    short: str = "skip"  # a video shorter than the clip: "skip" it, or "loop" it
+    small: str = "skip"  # a picture or video smaller than the clip: "skip" it, or "enlarge" it
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+class Probe(NamedTuple):
+    seconds: float
+    width: int  # as shown: a phone's rotation is applied
+    height: int
+
+
+def ffmpeg(*arguments: str) -> subprocess.CompletedProcess:
+    import imageio_ffmpeg
+
+    return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments], capture_output=True)
+
+
+def probe(file: Path) -> Probe:
+    """Length and size of a video, read off its container: nothing is decoded."""
+    said = ffmpeg("-i", str(file)).stderr.decode("utf-8", "replace")
+    stream = re.search(r"Stream #.*?: Video: .*?\b(\d{2,5})x(\d{2,5})\b", said)
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
+    if stream is None:
+        audio = "Audio:" in said
+        reason = said.strip().splitlines()[-1].removeprefix(f"{file}: ") if said.strip() else "ffmpeg says nothing"
+        raise BadInput("it has sound and no pictures" if audio else f"it cannot be read ({reason})")
+    width, height = int(stream[1]), int(stream[2])
+    turned = re.search(r"rotation of (-?[\d.]+) degrees", said)
+    if turned and round(abs(float(turned[1]))) % 180 == 90:
+        width, height = height, width
+    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else 0.0
+    return Probe(seconds, width, height)
+
+
+def decode(file: Path, clip: Clip, rng: np.random.Generator) -> np.ndarray:
+    """A window of the video as uint8 [frames, height, width, 3]: at clip.fps whatever the file's own rate (which may vary),
+    scaled to cover the frame, the overhang cut off evenly. ffmpeg seeks to the window, so the rest is not decoded."""
+    seconds, width, height = probe(file)
+    if clip.small == "skip" and (width < clip.width or height < clip.height):
+        raise BadInput(f"it is {width}x{height}, smaller than {clip.width}x{clip.height}")
+    spare, loop = seconds - clip.seconds, []
+    if spare < -0.5 / clip.fps:
+        if clip.short == "skip":
+            raise BadInput(f"it lasts {seconds:.2f} s, and {clip.frames} frames at {clip.fps:g} fps take {clip.seconds:.2f} s")
+        loop = ["-stream_loop", "-1"]
+    start = rng.uniform(0, spare) if spare > 0 else 0.0
+    filters = (f"fps={clip.fps:g},scale={clip.width}:{clip.height}:force_original_aspect_ratio=increase:flags=bicubic,"
+               f"crop={clip.width}:{clip.height}")
+    done = ffmpeg("-loglevel", "error", *loop, "-ss", f"{start:.3f}", "-i", str(file), "-an", "-sn", "-vf", filters,
+                  "-frames:v", str(clip.frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    size = clip.height * clip.width * 3
+    frames = np.frombuffer(done.stdout[: len(done.stdout) // size * size], dtype=np.uint8)
+    frames = frames.reshape(-1, clip.height, clip.width, 3)
+    missing = clip.frames - len(frames)
+    if missing > 1:  # the last frame may lie half a tick beyond the end
+        reason = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise BadInput(f"{len(frames)} of {clip.frames} frames could be decoded ({reason[-1] if reason else 'it is cut short'})")
+    return np.concatenate([frames, frames[-1:].repeat(missing, axis=0)]) if missing else frames
+
+
+# --- sheets -----------------------------------------------------------------------------------------------------------
 
 
 def save_sheet(rows: list[tuple[Image.Image, str, np.ndarray]], stem: Path, fps: float = 8, scale: int = 2) -> None:

@@ -10,7 +10,6 @@ image, and from synthetic ones, whose subject looks different but hardly moves.
 import argparse
 import json
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,14 +20,16 @@ import checkpoint
 import distributed
 import world
 from attention import DESIGNS
+from cache import Cache
 from checkpoint import BadInput
-from data import Encoder, OneFrame, Stream, Toy, ToyTest, posterior_sample
+from data import Encoder, OneFrame, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors
 from pipeline import Settings
+from readers import add_arguments, clip_of, open_data
 from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
                       train)
-from vae import VAE
+from vae import VAEConfig
 from validation import Validation
 
 
@@ -41,8 +42,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--design", choices=list(DESIGNS), default="b", help="attention, Figure 4 (default: %(default)s)")
     p.add_argument("--synthetic", choices=["video", "image"], default="video", help="image is Figure 7's TSF-Image")
     p.add_argument("--batch", type=int, default=16, help="64 for official weights, our guess (default: %(default)s)")
-    p.add_argument("--real", type=int, default=800, help="real videos to train on (default: %(default)s)")
-    p.add_argument("--triplets", type=int, default=800, help="synthetic triplets to train on (default: %(default)s)")
+    p.add_argument("--real-data", metavar="PATH", help="real videos: a manifest, a folder or a cache (default: the toy's world)")
+    p.add_argument("--data", metavar="PATH", help="synthetic ones: synthesize.py's triplets or a cache (default: the toy's world)")
+    p.add_argument("--real", type=int, help="real videos to train on (default: all; of the toy's 800)")
+    p.add_argument("--triplets", type=int, help="synthetic triplets to train on (default: all; of the toy's 800)")
+    add_arguments(p)
     for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
         p.add_argument(f"--drop-{name}", type=float, default=probability,
                        help=f"probability that {name} is null, for guidance (default: %(default)s)")
@@ -66,7 +70,7 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     return [Stage("real", 0.0), Stage("mixed", args.p, frozen=args.strategy == "tsf")]
 
 
-def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAE, null: Tensor, args: argparse.Namespace) -> tuple[Tensor, ...]:
+def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, null: Tensor, args: argparse.Namespace) -> tuple[Tensor, ...]:
     """A training sample: x_0 and eps [T, 16, h, w], t, text or null, DINO and CLIP tokens and whether they are kept."""
     x_0 = vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
     drop_dino, drop_clip, drop_text = torch.rand(3, generator=g) < torch.tensor(
@@ -104,12 +108,18 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return plan_run(config, folder, args, ranks.world) if ranks.first else None
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
-    image = {f"{part}_{name}": value for part, network in encoder.image_encoders.items() for name, value in
-             (("dim", network.network.config.hidden_size), ("tokens", network.tokens))}
-    triplets = Toy("triplets", args.seed)
-    streams = {"real": Stream(Toy("subjects", args.seed), args.real, encoder, args.seed),
-               "synthetic": Stream(OneFrame(triplets, args.seed) if args.synthetic == "image" else triplets, args.triplets,
-                                   encoder, args.seed)}
+    clip, streams = clip_of(args, config), {}
+    for name, kind, source, count in (("real", "subjects", args.real_data, args.real),
+                                      ("synthetic", "triplets", args.data, args.triplets)):
+        dataset, length = open_data(source, kind, count, 800, clip, args, encoder, args.out / kind)
+        if name == "synthetic" and args.synthetic == "image":
+            if isinstance(dataset, Cache):
+                raise BadInput(f"--synthetic image draws a frame of each video, which the cache {source} does not hold: give the "
+                               f"triplets themselves.")
+            dataset = OneFrame(dataset, args.seed)
+        streams[name] = Stream(dataset, length, encoder, args.seed)
+    example = streams["real"][0]  # says how many image tokens there are, and how wide
+    image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")
     for stage in stages_of(args):
         out = args.out / stage.name
@@ -128,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
 def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace, ranks: distributed.Ranks, folder: Path,
                 encoder: Encoder, streams: dict[str, Stream], sugar: dict) -> bool:
     """Trains one stage and writes its transformer below `out`. Returns whether it came to its end."""
-    dtype, null = DTYPES[args.dtype], encoder.text("")
+    dtype, null = DTYPES[args.dtype], encoder.null
     torch.manual_seed(args.seed)  # for the projections that a plain base lacks
     model = load_transformer(weights, ranks.device, **sugar)
     if stage.frozen:
@@ -143,7 +153,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
         return "synthetic" if u < stage.p else "real", args.batch
 
     def loss_of(stream: str, positions: list[int]) -> Tensor:
-        samples = zip(*(draw(streams[stream][position], generator(args.seed, stage.name, stream, position), encoder.vae, null,
+        samples = zip(*(draw(streams[stream][position], generator(args.seed, stage.name, stream, position), encoder.vae_config, null,
                              args) for position in positions))
         x_0, eps, t, text, dino, clip, keep_dino, keep_clip = (torch.stack(part).to(ranks.device) for part in samples)
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), dino=dino.to(dtype), clip=clip.to(dtype),
@@ -168,4 +178,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

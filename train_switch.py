@@ -8,7 +8,6 @@ who the subject is, plain videos keep alive how things move. Every step draws on
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +17,15 @@ from torch import Tensor
 import checkpoint
 import distributed
 from checkpoint import BadInput
-from data import Encoder, Stream, Toy, ToyTest, posterior_sample
+from data import Encoder, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
 from pipeline import switch_stands_on
+from readers import add_arguments, clip_of, open_data
 from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
                       train)
-from vae import VAE
+from vae import VAEConfig
 from validation import Validation
 
 
@@ -37,8 +37,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--p", type=float, default=0.2, help="probability of the video phase (default: %(default)s)")
     p.add_argument("--image-batch", type=int, default=32, help="the paper's is 256 (default: %(default)s)")
     p.add_argument("--video-batch", type=int, default=8, help="the paper's is 32 (default: %(default)s)")
-    p.add_argument("--images", type=int, default=4000, help="pairs to train on (default: %(default)s)")
-    p.add_argument("--videos", type=int, default=400, help="videos to train on; Table 7 (default: %(default)s)")
+    p.add_argument("--image-data", metavar="PATH", help="D_S2I: Subjects200K's parquet files or a cache (default: the toy's world)")
+    p.add_argument("--video-data", metavar="PATH", help="D_vid: a manifest, a folder or a cache (default: the toy's world)")
+    p.add_argument("--images", type=int, help="pairs to train on (default: all; of the toy's 4000)")
+    p.add_argument("--videos", type=int, help="videos to train on, Table 7 (default: all; of the toy's 400)")
+    add_arguments(p)
     p.add_argument("--reference-frame", choices=["random", "first"], default="random", help="Figure 6 (default: %(default)s)")
     p.add_argument("--reference-drop", type=float, default=0.1,
                    help="video phase: probability that the reference is dropped; 1 is Table 6's T2V (default: %(default)s)")
@@ -66,7 +69,7 @@ def phase_of(step: int, args: argparse.Namespace) -> str:
     return "video" if u < args.p else "image"
 
 
-def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAE, args: argparse.Namespace) -> tuple[Tensor, ...]:
+def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, args: argparse.Namespace) -> tuple[Tensor, ...]:
     """A training sample: x_0 and eps [T, 16, h, w], t, text, reference [16, h, w], which of its tokens are kept."""
     x_0 = vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)  # X_out
     frame = torch.randint(len(encoded["ref_mean"]), (), generator=g)  # RandomFrameSelect
@@ -123,8 +126,11 @@ def run(args: argparse.Namespace) -> None:
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)
-    streams = {"image": Stream(Toy("pairs", args.seed), args.images, encoder, args.seed),
-               "video": Stream(Toy("videos", args.seed), args.videos, encoder, args.seed)}
+    clip, streams = clip_of(args, config), {}
+    for phase, kind, source, count, toy_count in (("image", "pairs", args.image_data, args.images, 4000),
+                                                  ("video", "videos", args.video_data, args.videos, 400)):
+        dataset, length = open_data(source, kind, count, toy_count, clip, args, encoder, args.out / kind)
+        streams[phase] = Stream(dataset, length, encoder, args.seed)
 
     def plan(step: int) -> tuple[str, int]:
         phase = phase_of(step, args)
@@ -132,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
 
     def loss_of(phase: str, positions: list[int]) -> Tensor:
         """L_img or L_vid (Switch eq. 4): v-prediction of X_out given X_in and C_T."""
-        samples = zip(*(draw(streams[phase][position], generator(args.seed, phase, position), encoder.vae, args)
+        samples = zip(*(draw(streams[phase][position], generator(args.seed, phase, position), encoder.vae_config, args)
                         for position in positions))
         x_0, eps, t, text, reference, keep = (torch.stack(part).to(ranks.device) for part in samples)
         dropped = {} if phase == "image" else {"keep_reference": keep}
@@ -155,4 +161,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

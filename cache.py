@@ -1,0 +1,169 @@
+"""The latent cache: a dataset encoded once, so that training needs neither VAE nor encoders.
+
+    python data.py cache --data PATH --as videos --out CACHE                  one process
+    torchrun --nproc-per-node 8 data.py cache ...                             every rank its share of the files
+
+    index.json                   settings, and how many examples there are
+    shard-00000.safetensors      examples 0 to 63: tensors named "12.mean", "12.text", ...; appears whole or not at all
+
+What is stored is what data.Encoder makes: posteriors, of which the sample is drawn at training time, so a cached example is
+never twice the same.
+"""
+
+import argparse
+import json
+import sys
+import time
+from functools import lru_cache, partial
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+from checkpoint import BadInput
+from data import Encoder
+from distributed import Ranks
+
+SHARD = 64  # examples in a file
+
+
+def shard_file(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+class Cache:
+    """A dataset that is encoded already: item i is what Encoder made of example i."""
+
+    def __init__(self, folder: Path):
+        index = checkpoint.read_json(folder / "index.json")
+        try:
+            self.folder, self.length, self.settings = folder, index["length"], index["settings"]
+        except KeyError as error:
+            raise BadInput(f"{folder / 'index.json'} is not the index of a cache: it has no {error}.") from error
+        missing = [file.name for file in map(partial(shard_file, folder), range(-(-self.length // SHARD))) if not file.exists()]
+        if missing:
+            raise BadInput(f"The cache {folder} is not whole: it lacks {checkpoint.some(missing)}. Run the command that began "
+                           f"it again; it goes on where it was.")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def null(self) -> Tensor:
+        """[M, D], the features of the empty text."""
+        return open_shard(shard_file(self.folder, 0))[0].get_tensor("null.text")
+
+    def check(self, encoder: Encoder, stream: str) -> None:
+        """Raises where what is stored is not what `encoder` would make for that stream."""
+        for name, wanted in stored_settings(encoder, stream).items():
+            if self.settings.get(name) != wanted:
+                raise BadInput(f"The cache {self.folder} was written with {name} = {self.settings.get(name)}, and this run needs "
+                               f"{wanted}: write another one with python data.py cache.")
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        file, names = open_shard(shard_file(self.folder, i // SHARD))
+        return {name: file.get_tensor(f"{i}.{name}") for name in names[str(i)]}
+
+
+@lru_cache(maxsize=256)
+def open_shard(file: Path) -> tuple[safe_open, dict[str, list[str]]]:
+    """A memory-mapped file of the cache, and the names of each example's tensors in it."""
+    opened, names = safe_open(file, "pt"), {}
+    for key in opened.keys():
+        i, name = key.split(".")
+        names.setdefault(i, []).append(name)
+    return opened, names
+
+
+def stored_settings(encoder: Encoder, stream: str) -> dict:
+    """What a reader of the cache must agree on: how its examples were encoded. Only videos have frames to choose from."""
+    frames = {"reference_frames": encoder.reference_frames} if stream == "videos" and not encoder.sugar else {}
+    return {"stream": stream, "cls": encoder.cls, "text_length": encoder.text_length, "sugar": encoder.sugar, **frames}
+
+
+def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ranks, seed: int, settings: dict) -> Cache:
+    """Encodes the first `length` examples into `folder`, every rank its share of the files. Files that are there are kept,
+    so a run that was stopped goes on where it was.
+
+    settings: what the examples and their encoding depend on; a folder that was begun with others is an error.
+    """
+    index = {"length": length, "settings": {**settings, "seed": seed}}
+    if (folder / "index.json").exists():
+        found = checkpoint.read_json(folder / "index.json")
+        old, new = ({"length": each["length"], **each["settings"]} for each in (found, index))
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                raise BadInput(f"{folder} holds a cache with {name} = {old.get(name)}, and now it is {new.get(name)}: choose "
+                               f"another folder.")
+    ranks.wait()  # all have looked
+    if ranks.first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    ranks.wait()
+    shards = range(ranks.rank, -(-length // SHARD), ranks.world)
+    todo = [number for number in shards if not shard_file(folder, number).exists()]
+    with tqdm(total=len(todo) * SHARD, unit="example", desc=folder.name, disable=not ranks.first, dynamic_ncols=True) as bar:
+        for number in todo:
+            tensors = {"null.text": encoder.null} if number == 0 else {}
+            for i in range(number * SHARD, min((number + 1) * SHARD, length)):
+                tensors |= {f"{i}.{name}": tensor.contiguous() for name, tensor in encoder.encode(dataset[i], i, seed).items()}
+                bar.update()
+            with checkpoint.replace_when_whole(shard_file(folder, number)) as part:
+                save_file(tensors, part)
+    ranks.wait()
+    return Cache(folder)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    import readers
+
+    p = argparse.ArgumentParser(prog="data.py", description="Encodes a dataset once, for training without VAE and encoders.")
+    p.add_argument("command", choices=["cache"])
+    p.add_argument("--as", dest="stream", choices=list(readers.STREAMS), required=True, help="what the data is: see data.py")
+    p.add_argument("--data", metavar="PATH", help="the dataset (default: the toy's world)")
+    p.add_argument("--out", type=Path, required=True, help="folder of the cache")
+    p.add_argument("--model", default="checkpoints/toy", help="whose VAE and encoders; a folder or a hub id (default: %(default)s)")
+    p.add_argument("--count", type=int, help="examples (default: all; of the toy's world 4000)")
+    p.add_argument("--reference-frames", type=int, default=4,
+                   help="videos: frames kept for RandomFrameSelect; 1 is always the first (default: %(default)s)")
+    p.add_argument("--no-cls", action="store_true", help="Switch: no <cls> in the captions")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="default: cuda where there is one, else cpu")
+    readers.add_arguments(p)
+    return p.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    import readers
+    from model import read_config
+
+    if args.reference_frames < 1:
+        raise BadInput(f"--reference-frames {args.reference_frames}: choose 1 or more.")
+    ranks = distributed.start(args.device)
+    folder = checkpoint.resolve(args.model)
+    config = read_config(checkpoint.need(folder, "transformer"))
+    sugar = args.stream in ("subjects", "triplets")
+    encoder = Encoder(folder, "none" if sugar or args.no_cls else "token", config.max_text_seq_length, ranks.device, sugar,
+                      args.reference_frames)
+    clip = readers.clip_of(args, config)
+    dataset, length = readers.open_data(args.data, args.stream, args.count, 4000, clip, args, encoder, args.out)
+    started = time.perf_counter()
+    about = {"data": args.data, "clip": str(clip), "model": args.model, "share": args.share}
+    written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})
+    if ranks.first:
+        seconds = time.perf_counter() - started
+        size = sum(file.stat().st_size for file in args.out.glob("shard-*"))
+        print(f"wrote {args.out}: {len(written):,} examples, {size / len(written) / 1e3:,.1f} kB each, "
+              f"{len(written) / seconds:.1f} examples/s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse(argv))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

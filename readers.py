@@ -1,0 +1,406 @@
+"""The published datasets, read from files as their publishers ship them, in the common form of data.py.
+
+    Subjects200K    pairs of pictures of one subject (Switch 3.2)            parquet shards
+    Videos          captioned videos (Switch 3.4, SUGAR 3.2)                 a manifest, or name.mp4 beside name.txt
+    SubjectVideos   the same, with the subject cut out of a random frame     Videos and Grounded SAM
+    Triplets        (video, text, subject image) (SUGAR 3.1)                 triplets.jsonl of synthesize.py
+    DreamBench      photographs of 30 subjects and prompts                   dataset/<subject>/NN.jpg
+
+A file that is broken, or does not fit what was asked, raises Broken with the reason: data.py skips it and says so. What is
+wrong with a dataset as a whole is a BadInput, raised before anything is read.
+"""
+
+import argparse
+import csv
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import media
+from cache import Cache
+from checkpoint import BadInput, replace_when_whole
+from data import Broken, Encoder, Example, Tolerant, Toy
+from encoders import GroundedSAM
+from media import Clip, decode
+from model import Config
+
+FORMATS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif")  # of the videos that a folder is searched for
+COLUMNS = {  # what a manifest may call each column, in order of preference
+    "video": ("video", "path", "file", "file_name", "filename", "video_path"),
+    "text": ("text", "caption", "description", "prompt", "title"),
+    "noun": ("noun", "subject", "item", "label"),
+}
+
+
+def fitted(image: Image.Image, height: int, width: int, small: str) -> np.ndarray:
+    """uint8 [height, width, 3]: the picture, cut to the frame's proportions and resized."""
+    if small == "skip" and (image.height < height or image.width < width):
+        raise Broken(f"it is {image.width}x{image.height}, smaller than {width}x{height}")
+    return np.asarray(media.fit(image, height, width, "crop"))
+
+
+# --- which dataset ----------------------------------------------------------------------------------------------------
+
+STREAMS = ("pairs", "videos", "subjects", "triplets")  # of data.py
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """Flags that say how real data is read."""
+    p.add_argument("--frames", type=int, help="of a clip, 8k+1 (default: the model's)")
+    p.add_argument("--height", type=int, help="of a clip; pictures of pairs are squares of this side (default: the model's)")
+    p.add_argument("--width", type=int, help="of a clip (default: the model's)")
+    p.add_argument("--fps", type=float, help="of a clip (default: the model's)")
+    p.add_argument("--short", choices=["skip", "loop"], default="skip", help="a video that is too short (default: %(default)s)")
+    p.add_argument("--small", choices=["skip", "enlarge"], default="skip", help="one that is too small (default: %(default)s)")
+    p.add_argument("--share", type=float, default=1.0, help="of the videos, a random part; Switch uses 0.01 of Pexels-400k")
+    p.add_argument("--broken", type=float, default=0.1,
+                   help="share of the examples that may be unusable before the run stops (default: %(default)s)")
+
+
+def clip_of(args: argparse.Namespace, config: Config) -> Clip:
+    """The clips that are asked for; what is not said is what the model was made for (1.5: 768x1360 at 16 fps)."""
+    if not 0 < args.share <= 1 or not 0 <= args.broken <= 1:
+        raise BadInput(f"--share {args.share} and --broken {args.broken} are shares: choose from 0 to 1.")
+    new = config.patch_t == 2
+    clip = Clip(args.frames or config.sample_frames, args.height or (768 if new else config.sample_height * 8),
+                args.width or (1360 if new else config.sample_width * 8), args.fps or (16 if new else 8), args.short, args.small)
+    if clip.frames != 1 and clip.frames % 8 != 1:
+        raise BadInput(f"--frames {clip.frames}: a clip has 1 or 8k+1 frames; the nearest are "
+                       f"{max(clip.frames - 2, 0) // 8 * 8 + 1} and {(clip.frames + 6) // 8 * 8 + 1}.")
+    if clip.height % 16 or clip.width % 16 or clip.height < 16 or clip.width < 16:
+        raise BadInput(f"A clip of {clip.width}x{clip.height}: --width and --height must be multiples of 16.")
+    return clip
+
+
+def open_data(source: str | None, stream: str, count: int | None, toy_count: int, clip: Clip, args: argparse.Namespace,
+              encoder: Encoder, out: Path):
+    """A stream's dataset and how many of its examples are used: `count`, else all of them.
+
+    source: None is the toy's world (endless: `toy_count` of it), else the folder of a cache, or what the stream's reader
+    takes; out: where skipped.jsonl is written.
+    """
+    if source is None:
+        return Toy(stream, args.seed), count or toy_count
+    path = Path(source)
+    if not path.exists():
+        raise BadInput(f"There is no {path}: give the folder or file of a dataset, or of a cache.")
+    if (path / "index.json").exists():
+        cache = Cache(path)
+        cache.check(encoder, stream)
+        encoder.null = cache.null()
+        dataset = cache
+    elif stream == "pairs":
+        dataset = Subjects200K(path, clip.height, clip.small)
+    elif stream == "triplets":
+        dataset = Triplets(path, clip)
+    else:
+        dataset = Videos(path, clip, args.seed, args.share)
+        if stream == "subjects":
+            dataset = SubjectVideos(dataset, lambda: GroundedSAM(encoder.model, encoder.device), out / "cutouts")
+    if count is not None and count > len(dataset):
+        raise BadInput(f"{count} examples were asked for, and {source} has {len(dataset)}.")
+    length = count or len(dataset)
+    return (dataset if isinstance(dataset, Cache) else Tolerant(dataset, length, out / "skipped.jsonl", args.broken)), length
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def parquet(file: Path):
+    """A parquet file, opened. Parquet needs pyarrow, which is an optional extra."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise BadInput(f"{file} is parquet, and reading it needs pyarrow: pip install 'nanos2v[parquet]'.") from error
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise BadInput(f"{file} is truncated, or no parquet file: {str(error).splitlines()[0]}") from error
+
+
+class Row(NamedTuple):
+    """A line of a manifest. Empty strings: nothing is said."""
+
+    video: str
+    text: str
+    noun: str
+
+
+def read_manifest(file: Path) -> list[Row]:
+    """The rows of a manifest: CSV with a heading, JSONL, or parquet."""
+    if file.suffix == ".parquet":
+        opened = parquet(file)
+        chosen = choose(file, opened.schema_arrow.names)
+        table = opened.read(columns=[name for name in chosen if name]).to_pydict()
+        rows = zip(*(table[name] if name else [""] * opened.metadata.num_rows for name in chosen))
+    else:
+        with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+            if file.suffix == ".csv":
+                reader = csv.reader(lines)
+                heading = next(reader, [])
+                places = [heading.index(name) if name else None for name in choose(file, heading)]
+                rows = [tuple("" if at is None or at >= len(line) else line[at] for at in places) for line in reader]
+            else:
+                rows = list(json_rows(file, lines))
+    return [Row(*("" if value is None else str(value).strip() for value in row)) for row in rows]
+
+
+def json_rows(file: Path, lines):
+    """The rows of a JSONL file; a line that is no object becomes a row without a video, which is skipped when met."""
+    chosen = None
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = {}
+        if isinstance(row, dict) and row and chosen is None:
+            chosen = choose(file, list(row))
+        yield tuple(row.get(name, "") if name and isinstance(row, dict) else "" for name in chosen or ("", "", ""))
+
+
+def choose(file: Path, names: list[str]) -> list[str | None]:
+    """Which of the columns `names` holds video, text and noun."""
+    lower = {name.lower().strip(): name for name in names}
+    found = [next((lower[name] for name in options if name in lower), None) for options in COLUMNS.values()]
+    for column, options, name in zip(COLUMNS, COLUMNS.values(), found):
+        if name is None and column != "noun":
+            raise BadInput(f"{file} has no column for the {column}: it has {', '.join(names) or 'none at all'}; known are "
+                           f"{', '.join(options)}.")
+    return found
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+class Subjects200K:
+    """Switch's S2I data: parquet shards in which one picture holds two views of a subject side by side.
+
+    Kept are rows with valid descriptions whose three quality scores are all 5 or more; each is two examples, one for each
+    direction. The views are 512 pixels with a margin of 8, in the third collection 1024 with 16.
+    """
+
+    QUALITIES = ("compositeStructure", "objectConsistency", "imageQuality")
+
+    def __init__(self, path: Path, side: int = 480, small: str = "skip"):
+        self.side, self.small = side, small
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        if not files:
+            raise BadInput(f"{path} holds no parquet files: Subjects200K comes as data/train-*.parquet.")
+        self.rows: list[tuple[Path, int, int]] = []  # file, row group, row in it
+        for file in files:
+            opened = parquet(file)
+            lacking = [name for name in ("image", "quality_assessment", "description") if name not in opened.schema_arrow.names]
+            if lacking:
+                raise BadInput(f"{file} has no column {lacking[0]}: it has {', '.join(opened.schema_arrow.names)}.")
+            for group in range(opened.num_row_groups):  # the pictures are not read yet
+                table = opened.read_row_group(group, columns=["quality_assessment", "description"]).to_pylist()
+                self.rows += [(file, group, row) for row, about in enumerate(table) if self.good(about)]
+        if not self.rows:
+            raise BadInput(f"None of the rows in {path} has three quality scores of 5 and valid descriptions.")
+
+    def good(self, about: dict) -> bool:
+        scores, description = about["quality_assessment"] or {}, about["description"] or {}
+        return all((scores.get(name) or 0) >= 5 for name in self.QUALITIES) and bool(description.get("description_valid"))
+
+    def __len__(self) -> int:
+        return 2 * len(self.rows)
+
+    def __getitem__(self, i: int) -> Example:
+        file, group, row = self.rows[i // 2]
+        about = row_group(file, group)[row]
+        try:
+            picture = Image.open(io.BytesIO(about["image"]["bytes"])).convert("RGB")
+        except (OSError, TypeError, ValueError) as error:
+            raise Broken(f"row {row} of row group {group} of {file.name}: {error}") from error
+        margin, side = (16, 1024) if about.get("collection") == "collection_3" else (8, 512)
+        if picture.size != (2 * side + 3 * margin, side + 2 * margin):
+            raise Broken(f"row {row} of row group {group} of {file.name} is {picture.width}x{picture.height}, not two views "
+                         f"of {side} pixels with margins of {margin}")
+        views = [picture.crop((x, margin, x + side, margin + side)) for x in (margin, 2 * margin + side)]
+        reference, target = views if i % 2 == 0 else views[::-1]
+        description, number = about["description"], 1 - i % 2
+        return Example(fitted(target, self.side, self.side, self.small)[None], caption_of(description[f"description_{number}"]),
+                       Image.fromarray(fitted(reference, self.side, self.side, self.small)), description.get("item") or None)
+
+
+@lru_cache(maxsize=2)
+def row_group(file: Path, number: int) -> list[dict]:
+    """Parquet is read a row group at a time; both directions of a pair, and a cache's next example, are in the same one."""
+    opened = parquet(file)
+    wanted = [name for name in ("image", "description", "collection") if name in opened.schema_arrow.names]
+    return opened.read_row_group(number, columns=wanted).to_pylist()
+
+
+def caption_of(text: str | None) -> str:
+    if not text or not text.strip():
+        raise Broken("its caption is empty")
+    return " ".join(text.split())
+
+
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+
+class Videos:
+    """Captioned videos: a manifest (CSV with a heading, JSONL, parquet) whose paths are relative to it, or a folder with a
+    name.txt beside each name.mp4. A clip is a random window of the video, the same one each time; only its frames are
+    decoded. share: a random part of the videos is used; 0.01 is Switch's 4,000 of Pexels-400k."""
+
+    def __init__(self, path: Path, clip: Clip, seed: int = 0, share: float = 1.0):
+        self.path, self.clip, self.seed = path, clip, seed
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FORMATS)
+            if not files:
+                raise BadInput(f"{path} holds no videos ({', '.join(FORMATS)}).")
+            if not any(file.with_suffix(".txt").exists() for file in files):
+                raise BadInput(f"{path} has videos but no captions: put name.txt beside name.mp4, or give a manifest.")
+            self.rows = [Row(str(file.relative_to(path)), "", "") for file in files]
+        else:
+            self.rows = read_manifest(path)
+            if not self.rows:
+                raise BadInput(f"The manifest {path} is empty.")
+        if share < 1:
+            order = np.random.default_rng(seed).permutation(len(self.rows))
+            self.rows = [self.rows[i] for i in sorted(order[: max(round(share * len(self.rows)), 1)])]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Example:
+        row, folder = self.rows[i], self.path if self.path.is_dir() else self.path.parent
+        if not row.video:
+            raise Broken(f"line {i + 1} of {self.path.name} names no video")
+        # A manifest that lists the addresses that videos were downloaded from is read as one of their names.
+        name = row.video.rstrip("/").rsplit("/", 1)[-1] if "://" in row.video else row.video
+        file = folder / name
+        if not file.is_file():
+            raise Broken(f"{file} does not exist")
+        beside = file.with_suffix(".txt")
+        text = row.text or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
+        try:
+            rng = np.random.default_rng((self.seed, zlib.crc32(row.video.encode())))
+            return Example(decode(file, self.clip, rng), caption_of(text), noun=row.noun or None)
+        except (BadInput, Broken) as error:
+            raise Broken(f"{file}: {error}") from error
+
+
+class SubjectVideos:
+    """SUGAR's real videos: "object segmentation on randomly sampled frames" gives the identity image (3.2). What to look for
+    is the manifest's noun, else the whole caption, of which GroundingDINO finds what it is surest of. Cut-outs are kept in
+    `cutouts`, so each is made once.
+
+    segment(image, words) -> its mask, or None: encoders.GroundedSAM, made when the first cut-out is needed.
+    """
+
+    def __init__(self, videos: Videos, segment: Callable[[], Callable[[Image.Image, str], Image.Image | None]], cutouts: Path):
+        self.videos, self.make_segmenter, self.segmenter, self.cutouts = videos, segment, None, cutouts
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, i: int) -> Example:
+        example, row, clip = self.videos[i], self.videos.rows[i], self.videos.clip
+        key = f"{row.video} {row.noun or example.text} {clip} {self.videos.seed}".encode()
+        file = self.cutouts / f"{zlib.crc32(key):08x}-{zlib.adler32(key):08x}.png"
+        if not file.exists():
+            frame = np.random.default_rng((self.videos.seed, 11, zlib.crc32(key))).integers(len(example.video))
+            image = Image.fromarray(example.video[frame])
+            self.segmenter = self.segmenter or self.make_segmenter()
+            words = row.noun or example.text
+            mask = self.segmenter(image, words)
+            if mask is None:
+                raise Broken(f"{row.video}: no {words!r} was found in frame {frame}")
+            self.cutouts.mkdir(parents=True, exist_ok=True)
+            with replace_when_whole(file) as part:
+                media.cut_out(image, mask, row.video).save(part)
+        return replace(example, image=media.open_image(file))
+
+
+class Triplets:
+    """SUGAR's synthetic data: the triplets.jsonl that synthesize.py writes, each line an object with "video", "text" and
+    "image", paths relative to the file."""
+
+    def __init__(self, path: Path, clip: Clip):
+        self.path, self.clip = (path / "triplets.jsonl" if path.is_dir() else path), clip
+        if not self.path.is_file():
+            raise BadInput(f"There is no {self.path}: synthesize.py writes it when its last stage is done.")
+        self.rows = []
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self.rows.append((row["video"], row["text"], row["image"], row.get("noun")))
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadInput(f'Line {number} of {self.path} is no object with "video", "text" and "image".') from error
+        if not self.rows:
+            raise BadInput(f"{self.path} is empty.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Example:
+        video, text, image, noun = self.rows[i]
+        file = self.path.parent / video
+        if not file.is_file():
+            raise Broken(f"{file} does not exist")
+        try:
+            frames = decode(file, self.clip, np.random.default_rng(0))
+            return Example(frames, caption_of(text), media.on_white(media.open_image(self.path.parent / image)), noun)
+        except (Broken, BadInput) as error:
+            raise Broken(f"{file}: {error}") from error
+
+
+# --- photographs ------------------------------------------------------------------------------------------------------
+
+CLASSES = {  # SUGAR's three kinds (Figure 18 shows them by colour only: which class is in which is our assignment)
+    "animal": ("dog", "cat"),
+    "active object": ("stuffed animal", "toy", "cartoon"),
+    "static object": ("backpack", "bowl", "can", "candle", "clock", "sneaker", "boot", "glasses", "teapot", "vase"),
+}
+
+
+class Photograph(NamedTuple):
+    subject: str  # its folder
+    noun: str  # its class in words
+    kind: str  # of CLASSES
+    file: Path
+
+
+class DreamBench:
+    """DreamBooth's 30 subjects: dataset/<subject>/NN.jpg and prompts_and_classes.txt. An example for each photograph."""
+
+    def __init__(self, folder: Path, side: int = 480):
+        folder = folder / "dataset" if (folder / "dataset").is_dir() else folder
+        listing = folder / "prompts_and_classes.txt"
+        if not listing.is_file():
+            raise BadInput(f"{folder} has no prompts_and_classes.txt: is it DreamBench's dataset folder?")
+        self.side, self.photographs = side, []
+        kinds = {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}
+        for subject, noun in re.findall(r"^(\w+),([\w ]+)$", listing.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            if subject == "subject_name":
+                continue
+            if noun not in kinds:
+                raise BadInput(f"{listing} has a class {noun!r}, which is none of SUGAR's animals, active and static objects.")
+            files = sorted(file for file in (folder / subject).glob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+            self.photographs += [Photograph(subject, noun, kinds[noun], file) for file in files]
+        if not self.photographs:
+            raise BadInput(f"{folder} has none of the subjects that its prompts_and_classes.txt lists.")
+
+    def __len__(self) -> int:
+        return len(self.photographs)
+
+    def __getitem__(self, i: int) -> Example:
+        photograph = self.photographs[i]
+        try:
+            image = media.open_image(photograph.file)
+        except BadInput as error:
+            raise Broken(str(error)) from error
+        video = fitted(image, self.side, self.side, "enlarge")[None]
+        return Example(video, f"a {photograph.noun}", image, photograph.noun)
