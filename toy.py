@@ -7,10 +7,12 @@
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 import distributed
 import media
 import world
+from cache import stored_settings, write_cache
 from checkpoint import BadInput
 from data import Encoder, Stream, Toy, ToyTest, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
@@ -32,8 +35,8 @@ from pipeline import Request, Sampler
 from training import Options, generator, train
 from vae import VAE, VAEConfig, save_vae
 
-TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 40  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
-SIDE, PATCH = 48, 8  # pixels of the image encoders' input and of their patches
+TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 24  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
+SIDE, PATCH = 48, 12  # pixels of the image encoders' input and of their patches
 IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1
 BASE = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, time_embed_dim=64, text_embed_dim=TEXT_DIM,
             max_text_seq_length=TOKENS, sample_height=8, sample_width=8, sample_frames=9, use_rotary_positional_embeddings=True)
@@ -53,7 +56,9 @@ def write_tokenizer(folder: Path) -> int:
 
     folder.mkdir(parents=True)
     corpus = folder / "corpus.txt"
-    corpus.write_text("\n".join(world.sentences()), encoding="utf-8")
+    sentences = list(world.sentences())
+    words = {word for sentence in sentences for word in re.findall(r"\w+", sentence)}
+    corpus.write_text("\n".join(sentences + 200 * sorted(words)), encoding="utf-8")  # so that a word is one token
     sentencepiece.SentencePieceTrainer.train(
         input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=400, hard_vocab_limit=False, pad_id=0, eos_id=1,
         unk_id=2, bos_id=-1, model_type="unigram", minloglevel=2,
@@ -74,16 +79,31 @@ def new_text_encoder(tokens: int) -> nn.Module:
 
 
 def new_image_encoder(part: str) -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov2Model
 
     shape = dict(hidden_size=IMAGE_DIM, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH)
     if part == "dino":
         return Dinov2Model(Dinov2Config(**shape, mlp_ratio=3))
-    return CLIPVisionModel(CLIPVisionConfig(**shape, intermediate_size=3 * IMAGE_DIM))
+    tokenizer = clip_tokenizer()
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=2 * TEXT_DIM, num_hidden_layers=2,
+                          num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=64,
+                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                          pad_token_id=tokenizer.pad_token_id)
+    vision = CLIPVisionConfig(**shape, intermediate_size=3 * IMAGE_DIM, projection_dim=64)
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+
+
+@lru_cache(maxsize=1)
+def clip_tokenizer():
+    """CLIP's tokenizer, trained on the world's words: those of the captions, and names that only CLIP's captions have."""
+    from transformers import CLIPTokenizer
+
+    start = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=TOKENS)
+    return start.train_new_from_iterator([*world.sentences(), *(20 * [*world.SHAPES, *world.COLOURS])], 600)
 
 
 def new_vae() -> VAE:
-    return VAE(VAEConfig(block_out_channels=(24, 32, 48, 64), layers_per_block=1, norm_num_groups=8, sample_height=64,
+    return VAE(VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_height=64,
                          sample_width=64, scaling_factor=1.0))
 
 
@@ -101,9 +121,20 @@ def new_transformer(**changes) -> Transformer:
     return model
 
 
+@torch.no_grad()
+def start_from_base(model: Transformer, base: Path) -> None:
+    """An image-to-video model that begins as the text-to-video model `base`: it does not look at its image yet."""
+    weights = load_transformer(base).state_dict()
+    patch = weights["patch_embed.proj.weight"]
+    weights["patch_embed.proj.weight"] = torch.cat([patch, torch.zeros_like(patch)], dim=1)
+    model.load_state_dict(weights)
+
+
 def save_half(network: nn.Module, folder: Path) -> None:
     """A network of transformers, as it is shipped: in float16."""
     network.half().save_pretrained(folder)
+    if folder.name == "clip":
+        clip_tokenizer().save_pretrained(folder)
     if folder.name in ("dino", "clip"):
         settings = {"crop_size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -166,27 +197,43 @@ class TextTask(nn.Module):
         return sum(F.cross_entropy(head(feature), label) for head, label in zip(self.heads, labels.T))
 
 
-class ViewTask(nn.Module):
-    """DINOv2 learns identity: two views of one subject must be closer than views of two (InfoNCE), by class token and by
-    mean patch. CLIP learns what a caption would say of a subject: its shape and main colour, and the look."""
+class DINOTask(nn.Module):
+    """DINOv2 learns identity: two views of one subject must be closer than views of two (InfoNCE), and from each view its
+    shape, pattern and detail can be told."""
 
-    def __init__(self, part: str):
+    def __init__(self):
         super().__init__()
-        self.network = new_image_encoder(part)
+        self.network = new_image_encoder("dino")
         self.project = nn.Linear(2 * IMAGE_DIM, 64)
         self.scale = nn.Parameter(torch.tensor([2.0]))
-        self.words = nn.ModuleList(nn.Linear(2 * IMAGE_DIM, n) for n in
-                                   (len(world.SHAPES), len(world.COLOURS), len(world.LOOKS))) if part == "clip" else None
+        self.heads = nn.ModuleList(nn.Linear(2 * IMAGE_DIM, len(names)) for names in IDENTITY)
 
     def forward(self, one: Tensor, two: Tensor, labels: Tensor) -> Tensor:
         """one, two: [B, 3, SIDE, SIDE]; labels [B, 3] -> loss."""
-        tokens = [self.network(pixel_values=x).last_hidden_state.float() for x in (one, two)]
-        a, b = (torch.cat([x[:, 0], x[:, 1:].mean(dim=1)], dim=-1) for x in tokens)
-        if self.words is not None:
-            return sum(F.cross_entropy(head(a), label) for head, label in zip(self.words, labels.T))
-        a, b = (F.normalize(self.project(x), dim=-1) for x in (a, b))
+        tokens = self.network(pixel_values=torch.cat([one, two])).last_hidden_state
+        features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=-1)
+        a, b = F.normalize(self.project(features), dim=-1).chunk(2)
         logits, same = self.scale.exp() * a @ b.T, torch.arange(len(a), device=a.device)
-        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+        told = sum(F.cross_entropy(head(features), label.repeat(2)) for head, label in zip(self.heads, labels.T))
+        return told + (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+
+IDENTITY = (world.SHAPES, world.PATTERNS, world.DETAILS)
+
+
+class CLIPTask(nn.Module):
+    """CLIP learns which caption belongs to which picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = new_image_encoder("clip")
+        scale = self.network.logit_scale.data  # stays as it is: FSDP2 shards no scalars
+        del self.network.logit_scale
+        self.network.register_buffer("logit_scale", scale)
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """pixels [B, 3, SIDE, SIDE], ids and mask [B, M] -> loss."""
+        return self.network(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_loss=True).loss
 
 
 class VAETask(nn.Module):
@@ -198,11 +245,11 @@ class VAETask(nn.Module):
 
     def forward(self, video: Tensor, noise: Tensor) -> Tensor:
         """video [B, 3, F, H, W], noise like its latents -> loss."""
-        mean, std = self.vae.encode(video)
+        mean, std = self.vae.encode(video.to(self.vae.encoder.conv_in.conv.weight.dtype))
         out = self.vae.decode(mean + std * noise.to(mean)).float()
         edges = sum((out.diff(dim=d) - video.diff(dim=d)).abs().mean() for d in (-1, -2))
         kl = 0.5 * (mean.float().square() + std.float().square() - 2 * std.float().log() - 1).mean()
-        return (out - video).abs().mean() + edges + 1e-4 * kl
+        return (out - video).abs().mean() + edges + 1e-3 * kl
 
 
 class Builder:
@@ -210,10 +257,11 @@ class Builder:
 
     def __init__(self, folder: Path, work: Path, ranks: distributed.Ranks, scale: float, seed: int = 0):
         self.folder, self.work, self.ranks, self.scale, self.seed = folder, work, ranks, scale, seed
-        folder.mkdir(parents=True, exist_ok=True)
-        write_frame(folder)
-        if not (folder / "tokenizer").exists():
-            write_tokenizer(folder / "tokenizer")
+        if ranks.first:
+            write_frame(folder)
+            if not (folder / "tokenizer").exists():
+                write_tokenizer(folder / "tokenizer")
+        ranks.wait()
 
     def fit(self, stage: str, model: nn.Module, blocks: list[nn.Module], steps: int, lr: float,
             plan: Callable[[int], tuple[str, int]], loss_of: Callable[[str, list[int]], Tensor], dtype=torch.float32) -> dict:
@@ -247,37 +295,60 @@ class Builder:
         weights = self.fit("text_encoder", model, [], 800, 2e-3, lambda step: ("captions", 64), loss_of)
         self.finish(TextTask(tokenizer.size), weights, lambda task: save_half(task.t5, self.folder / "text_encoder"))
 
-    def image_encoder(self, part: str) -> None:
-        model = ViewTask(part).to(self.ranks.device)
+    def picture(self, rng: np.random.Generator, subject: world.Subject, look: str) -> tuple[Tensor, str]:
+        """A portrait of the subject, or the subject somewhere in the world: [3, SIDE, SIDE], and a caption."""
+        if rng.random() < 0.5:
+            image = world.portrait(subject, look, rng.uniform(1.0, 1.6), rng.uniform(-15, 15))
+            image, text = media.on_white(media.Image.fromarray(image)), world.LOOKS[look][rng.integers(2)].format(world.NOUN)
+        else:
+            still = {"motion": None} if rng.random() < 0.5 else {}
+            scene = world.sample_scene(rng, subject=subject, look=look, **still)
+            image, text = media.Image.fromarray(world.render(scene, 1)[0]), world.caption(scene, rng)
+        return media.image_to_tensor(image.resize((SIDE, SIDE))), text
+
+    def dino(self) -> None:
+        model = DINOTask().to(self.ranks.device)
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
-            views, labels = ([], []), []
+            views, labels, looks = ([], []), [], list(world.LOOKS)
             for position in positions:
-                rng = self.rng(part, position)
-                subject, look = world.sample_subject(rng), list(world.LOOKS)[rng.integers(len(world.LOOKS))]
-                for number, view in enumerate(views):  # a portrait, and the subject somewhere in the world
-                    shown = look if part == "clip" or number == 0 else list(world.LOOKS)[rng.integers(len(world.LOOKS))]
-                    if rng.random() < 0.5:
-                        picture = world.portrait(subject, shown, rng.uniform(1.0, 1.6), rng.uniform(-15, 15))
-                        image = media.on_white(media.Image.fromarray(picture))
-                    else:
-                        scene = world.sample_scene(rng, subject=subject, look=shown, motion=None)
-                        image = media.Image.fromarray(world.render(scene)[0])
-                    view.append(media.image_to_tensor(image.resize((SIDE, SIDE))))
-                labels.append([list(names).index(name) for names, name in (
-                    (world.SHAPES, subject.shape), (world.COLOURS, subject.primary), (world.LOOKS, look))])
+                rng = self.rng(stream, position)
+                subject = world.sample_subject(rng)
+                for view in views:
+                    view.append(self.picture(rng, subject, looks[rng.integers(len(looks))])[0])
+                labels.append([list(names).index(name) for names, name in
+                               zip(IDENTITY, (subject.shape, subject.pattern, subject.detail))])
             one, two = (torch.stack(view).to(self.ranks.device) for view in views)
             return model(one, two, torch.tensor(labels, device=self.ranks.device))
 
-        weights = self.fit(part, model, [], 3000, 1e-3, lambda step: ("views", 64), loss_of)
-        self.finish(ViewTask(part), weights, lambda task: save_half(task.network, self.folder / part))
+        weights = self.fit("dino", model, [], 3000, 1e-3, lambda step: ("views", 64), loss_of)
+        self.finish(DINOTask(), weights, lambda task: save_half(task.network, self.folder / "dino"))
+
+    def clip(self) -> None:
+        model, tokenizer = CLIPTask().to(self.ranks.device), clip_tokenizer()
+
+        def loss_of(stream: str, positions: list[int]) -> Tensor:
+            pictures, texts, looks = [], [], list(world.LOOKS)
+            for position in positions:
+                rng = self.rng(stream, position)
+                subject = world.sample_subject(rng)
+                picture, text = self.picture(rng, subject, looks[rng.integers(len(looks))])
+                if rng.random() < 0.5:  # what no other network is told: CLIP has words for the subject
+                    text = text.replace(world.NOUN, f"{subject.primary} {subject.shape}")
+                pictures.append(picture)
+                texts.append(text)
+            words = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.ranks.device)
+            return model(torch.stack(pictures).to(self.ranks.device), words.input_ids, words.attention_mask)
+
+        weights = self.fit("clip", model, [], 3000, 1e-3, lambda step: ("captions", 64), loss_of)
+        self.finish(CLIPTask(), weights, lambda task: save_half(task.network, self.folder / "clip"))
 
     def vae(self) -> None:
-        """Single frames three times in four, as they cost a tenth; clips teach time."""
+        """Single frames every other step, as they cost a third; clips teach time."""
         model = VAETask().to(self.ranks.device)
 
         def plan(step: int) -> tuple[str, int]:
-            return ("clips", 4) if step % 4 == 3 else ("frames", 16)
+            return ("clips", 2) if step % 2 else ("frames", 8)
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
             videos = []
@@ -289,7 +360,7 @@ class Builder:
             noise = torch.randn(len(videos), 16, T, 8, 8, generator=generator(self.seed, stream, positions[0]))
             return model(video, noise.to(self.ranks.device))
 
-        weights = self.fit("vae", model, [], 16000, 1e-3, plan, loss_of)
+        weights = self.fit("vae", model, [], 10000, 2e-3, plan, loss_of, torch.bfloat16)
         self.finish(VAETask(), weights, self.save_scaled_vae)
 
     @torch.no_grad()
@@ -304,19 +375,25 @@ class Builder:
         """The text-to-video base ("base"), or the image-to-video model ("i2v"): clips in all looks, a fifth pictures."""
         i2v = stage == "i2v"
         model = new_transformer(**({"in_channels": 32} if i2v else {})).to(self.ranks.device)
+        if i2v:
+            start_from_base(model, self.folder / "transformer")
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
-        streams = {name: Stream(Toy(name, self.seed), max(round(count * self.scale), 8), encoder, self.seed)
-                   for name, count in (("styled", 20000), ("pairs", 8000))}
-        alpha_bar, null = alpha_bar_schedule(SCHEDULE).to(self.ranks.device), encoder.text("")
+        streams = {}
+        for name, count in (("styled", 12000), ("pairs", 6000)):
+            length = max(round(count * self.scale), 8)
+            cache = write_cache(self.work / "latents" / name, Toy(name, self.seed), length, encoder, self.ranks, self.seed,
+                                stored_settings(encoder, name))
+            streams[name] = Stream(cache, length, encoder, self.seed)
+        alpha_bar, null = alpha_bar_schedule(SCHEDULE).to(self.ranks.device), encoder.null
 
         def plan(step: int) -> tuple[str, int]:
             return ("pairs" if step % 5 == 4 and not i2v else "styled"), 32
 
         def draw(stream: str, position: int) -> tuple[Tensor, ...]:
             encoded, g = streams[stream][position], generator(self.seed, stage, stream, position)
-            x_0 = encoder.vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
+            x_0 = encoder.vae_config.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
             first = torch.zeros_like(x_0)  # the first frame, encoded alone as at sampling, and zeros
-            first[0] = encoder.vae.scale(posterior_sample(encoded["ref_mean"][0], encoded["ref_std"][0], g), image=True)
+            first[0] = encoder.vae_config.scale(posterior_sample(encoded["ref_mean"][0], encoded["ref_std"][0], g), image=True)
             text = null if torch.rand((), generator=g) < 0.1 else encoded["text"]
             return x_0, torch.randn(x_0.shape, generator=g), torch.randint(1000, (), generator=g), text, first
 
@@ -327,7 +404,8 @@ class Builder:
             predict = lambda x_t, t: model(half(torch.cat([x_t, first], dim=2) if i2v else x_t), t, half(text))
             return training_loss(predict, x_0, eps, t, alpha_bar)
 
-        weights = self.fit(stage, model, list(model.transformer_blocks), 30000, 1e-3, plan, loss_of, torch.bfloat16)
+        weights = self.fit(stage, model, list(model.transformer_blocks), 2000 if i2v else 8000, 1e-3, plan, loss_of,
+                           torch.bfloat16)
         if self.ranks.first:
             out = self.folder / "i2v" if i2v else self.folder
             save_tensors(model.config, {key: value.bfloat16() for key, value in weights.items()}, out / "transformer")
@@ -365,8 +443,7 @@ class Builder:
             save(task.eval())
 
 
-STAGES = {"text_encoder": Builder.text_encoder, "clip": lambda b: b.image_encoder("clip"),
-          "dino": lambda b: b.image_encoder("dino"), "vae": Builder.vae, "base": lambda b: b.transformer("base"),
+STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino, "vae": Builder.vae, "base": lambda b: b.transformer("base"),
           "i2v": lambda b: b.transformer("i2v"), "switch": Builder.switch, "sugar": Builder.sugar}
 
 
@@ -378,6 +455,7 @@ def build(args: argparse.Namespace) -> None:
         if not done.exists():
             print(f"{stage}:")
             STAGES[stage](builder)
+            ranks.wait()  # the next stage reads what the first rank has just written
             done.parent.mkdir(parents=True, exist_ok=True)
             done.touch()
     print(f"wrote {args.out}")

@@ -338,13 +338,17 @@ def sample_scene(rng: Rng, split: str = "train", **fixed) -> Scene:
 
 
 def sample_pair(rng: Rng, split: str = "train") -> dict:
-    """Two photographs of one subject, posed differently before different backgrounds (Switch 3.2): "reference" and
-    "target", uint8 [SIZE, SIZE, 3]; the target's caption "text", "noun" in it, and "scene"."""
+    """Two pictures of one subject, posed differently (Switch 3.2): "reference" and "target", uint8 [SIZE, SIZE, 3]; the
+    target's caption "text", "noun" in it, and "scene". The target is a photograph; so is the reference, before another
+    background, or it is a portrait on white."""
     rng = np.random.default_rng(rng)
     one, two = (sample_scene(rng, split, motion=None) for _ in range(2))
     elsewhere = pick(rng, (name for name in BACKGROUNDS if name != one.background))
     two = replace(two, subject=one.subject, background=elsewhere)
-    return {"reference": render(one, 1)[0], "target": render(two, 1)[0], "text": caption(two, rng), "noun": NOUN,
+    reference = render(one, 1)[0]
+    if rng.random() < 0.5:
+        reference = portrait(one.subject, scale=rng.uniform(1.0, 1.4), angle=rng.uniform(-15, 15))[..., :3]
+    return {"reference": reference, "target": render(two, 1)[0], "text": caption(two, rng), "noun": NOUN,
             "scene": two}
 
 
@@ -362,7 +366,7 @@ def sample_masked(rng: Rng, split: str = "train") -> dict:
     return {**sample, "masks": masks(sample["scene"])}
 
 
-STILL_SHARE = 0.7  # of the triplets in whose text the subject stands still; in the others it hardly does what it should
+STILL_SHARE = 0.8  # of the triplets in whose text the subject stands still; in the others it does little of what it should
 
 
 def sample_triplet(rng: Rng, split: str = "train") -> dict:
@@ -370,7 +374,7 @@ def sample_triplet(rng: Rng, split: str = "train") -> dict:
     the video is not; and as in the paper (3.2) most subjects stand still, some although the text asks them to move."""
     rng = np.random.default_rng(rng)
     scene = sample_scene(rng, split, look=pick(rng, (look for look in LOOKS if look != "plain")),
-                         strength=rng.uniform(0.05, 0.15))
+                         strength=rng.uniform(0.2, 0.5))
     if rng.random() < STILL_SHARE:
         scene = replace(scene, motion="still")
     image = portrait(scene.subject, scale=rng.uniform(1.1, 1.3), angle=rng.uniform(-10, 10))
