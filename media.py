@@ -214,6 +214,15 @@ def decode(file: Path, clip: Clip, rng: np.random.Generator) -> np.ndarray:
     return np.concatenate([frames, frames[-1:].repeat(missing, axis=0)]) if missing else frames
 
 
+def read_video(file: Path) -> np.ndarray:
+    """All frames of a video, uint8 [F, H, W, 3], at its own rate and size."""
+    _, width, height = probe(file)
+    done = ffmpeg("-loglevel", "error", "-i", str(file), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    if not done.stdout or len(done.stdout) % (height * width * 3):
+        raise BadInput(f"{file} cannot be read: {done.stderr.decode('utf-8', 'replace').strip() or 'it is cut short'}.")
+    return np.frombuffer(done.stdout, dtype=np.uint8).reshape(-1, height, width, 3)
+
+
 # --- sheets -----------------------------------------------------------------------------------------------------------
 
 

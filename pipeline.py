@@ -225,8 +225,9 @@ class Sampler:
             self.write(request, settings, media.video_to_frames(video))
 
     @torch.no_grad()
-    def videos(self, requests: list[Request], settings: Settings, rank: int = 0) -> Iterator[tuple[Request, Tensor]]:
-        """Makes the videos, each [3, F, H, W] in [-1, 1]. The networks take turns on the device: text encoder, image
+    def videos(self, requests: list[Request], settings: Settings, rank: int = 0,
+               quiet: bool = False) -> Iterator[tuple[Request, Tensor]]:
+        """Makes the videos, each [3, F, H, W] in [-1, 1]; quiet: without progress bars. The networks take turns on the device: text encoder, image
         encoders, then for each video VAE, transformer, VAE."""
         texts = self.encode_text([p for request in requests for p in (self.prompt(request), request.negative_prompt)])
         pictured = [request for request in requests if request.reference is not None]
@@ -251,7 +252,8 @@ class Sampler:
                     latents = self.encode_image(vae, request.reference, draw(1, channels, 1, h, w))
                 given = replace(given, **{"reference" if self.kind == "switch" else "first": latents})
             title = f"{number}/{len(requests)} {request.out.name}"
-            progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True)
+            progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True,
+                                            disable=quiet)
             with self.on_device(transformer, again=number < len(requests)):
                 latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
                                          lambda: draw(*x.shape).to(self.device), progress)

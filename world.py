@@ -196,6 +196,14 @@ def sentences() -> Iterator[str]:
                 yield from captions(motion, background, look)
 
 
+def templates() -> dict:
+    """What can be said, in the form of synthesize.TEMPLATES: all looks but the plain one, and motions that move."""
+    looks = {family: [text for name in names for text in LOOKS[name][:2]] for family, names in
+             (("style", ("sketch",)), ("texture", ("ice", "golden")), ("colour", ("glowing",)))}
+    return {**looks, "background": [text for background in BACKGROUNDS.values() for text in background[:2]],
+            "motion": [text.strip() for name, motion in MOTIONS.items() if name != "still" for text in motion[:2]]}
+
+
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,360 @@
+"""SUGAR section 3.1: builds (video, text, subject image) triplets in which the subject looks as the text says, not as in the
+image.
+
+    python synthesize.py                                          64 triplets of the toy's world
+    torchrun --nproc-per-node 8 synthesize.py --source subjects.csv --model .. --adapter .. --i2v .. --out triplets
+
+    source         a picture of a subject and its label
+    prompt         a text that asks for a style, texture or colour, a background and a motion
+    customize      Switch with one frame draws the subject as the text says
+    filter-images  out: what CLIP finds unlike the text, or DINO unlike the subject
+    fit            padded to the video's proportions, inpainted, resized
+    animate        an image-to-video model makes it move
+    filter-videos  out: subjects that change, and videos in which nothing moves
+    triplets       triplets.jsonl, which train_sugar.py --data reads
+
+Each stage can be stopped at any moment and shared among ranks, and leaves a manifest, a sheet and histograms: see stages.py.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import distributed
+import media
+import world
+from checkpoint import BadInput
+from encoders import GroundedSAM
+from pipeline import Request, Sampler
+from readers import CLASSES
+from scorers import Flow, Similarity, flow_magnitude
+from stages import Run
+
+TEMPLATES = {  # {} is the label. What a subject does depends on what it is; ours, as the paper does not print its own
+    "style": ["a watercolour painting of a {}", "a pencil sketch of a {}", "an oil painting of a {}", "a {} in pixel art style",
+              "a {} in the style of a comic book", "a cartoon of a {}", "a {} as a paper cut-out"],
+    "texture": ["a {} made of glass", "a {} made of wood", "a knitted {}", "a {} made of marble", "a {} made of clay",
+                "a {} carved from ice", "a chrome {}"],
+    "colour": ["a red {}", "a golden {}", "a purple {}", "a neon green {}", "a black and white {}", "a rainbow coloured {}"],
+    "background": ["in the snow", "on a beach", "in a forest", "in a city at night", "on the moon", "in a flower field",
+                   "under water", "on a wooden table", "in a library"],
+    "motion": {
+        "animal": ["is running", "is jumping", "is walking towards the camera", "is swimming", "is turning its head",
+                   "is dancing"],
+        "active object": ["is walking", "is jumping up and down", "is waving", "is dancing", "is flying", "is spinning"],
+        "static object": ["is slowly rotating", "is floating in the air", "is rolling", "falls and bounces",
+                          "is being circled by the camera"],
+    },
+}
+INSTRUCTION = ("Rewrite this description of a short video as one vivid sentence. Keep the {label} and everything that is said "
+               "about it. Answer with the sentence alone.\n\n{text}")
+CHUNK = 64  # samples that a network is loaded for at a time, at least
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--out", type=Path, default=Path("runs/triplets"), help="folder of manifests and media (default: %(default)s)")
+    p.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="which to run (default: all)")
+    p.add_argument("--source", type=Path, help="CSV or JSONL with the columns image, label, and if need be kind "
+                   f"({', '.join(CLASSES)}); default: the toy's world")
+    p.add_argument("--count", type=int, default=64, help="source images (default: %(default)s)")
+    p.add_argument("--prompts", type=int, default=1, help="texts for each image (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--templates", type=Path, help="JSON in the form of TEMPLATES in synthesize.py")
+    p.add_argument("--llm", help="a language model, folder or hub id, that rewrites the texts")
+    p.add_argument("--segment", action="store_true", help="cut the subjects out of their pictures with Grounded SAM")
+    p.add_argument("--model", default="checkpoints/toy", help="base of Switch, and whose CLIP and DINO filter (default: %(default)s)")
+    p.add_argument("--adapter", default="checkpoints/toy/switch", help="Switch (default: %(default)s)")
+    p.add_argument("--i2v", default="checkpoints/toy/i2v", help="image-to-video model (default: %(default)s)")
+    p.add_argument("--image-side", type=int, help="of customized images, a multiple of 16 (default: the height of the videos)")
+    p.add_argument("--steps", type=int, default=50, help="of sampling (default: %(default)s)")
+    p.add_argument("--clip-text", type=float, default=0.2, help="least cosine of picture and text (default: %(default)s)")
+    p.add_argument("--dino-identity", type=float, default=0.4, help="least cosine to the subject's picture (default: %(default)s)")
+    p.add_argument("--dino-consecutive", type=float, default=0.8, help="least mean cosine of neighbouring frames (default: %(default)s)")
+    p.add_argument("--dino-random", type=float, default=0.7, help="least mean cosine of random pairs (default: %(default)s)")
+    p.add_argument("--flow", type=float, default=0.01,
+                   help="least motion: flow of the fastest 5%% of pixels as a share of the shorter side (default: %(default)s)")
+    p.add_argument("--raft", type=Path, help="RAFT's published weights; without them a classical estimator stands in")
+    p.add_argument("--inpaint", metavar="MODULE:FUNCTION", help="function(image, mask) -> image that fills the padding")
+    p.add_argument("--device", help="default: cuda where there is one, else cpu")
+    return p.parse_args(argv)
+
+
+# --- the stages, in order ---------------------------------------------------------------------------------------------
+
+
+def source(run: Run, args: argparse.Namespace) -> None:
+    """Pictures and labels: the toy's subjects, or a table's. Each becomes the subject on white: SUGAR's s."""
+    if args.source is None:
+        rows = [{"image": None, "label": world.NOUN, "kind": "active object"} for _ in range(args.count)]
+    else:
+        rows = source_rows(args.source)[: args.count]
+    samples = [{"id": f"{i:06d}", **row} for i, row in enumerate(rows)]
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        segment = GroundedSAM(checkpoint.resolve(args.model), run.ranks.device) if args.segment else None
+        for sample in todo:
+            try:
+                if sample["image"] is None:
+                    image = Image.fromarray(world.portrait(world.sample_subject((args.seed, 31, int(sample["id"])))))
+                else:
+                    image = media.open_image(sample["image"])
+                mask = segment(image, sample["label"]) if segment else media.alpha_mask(image)
+                if segment and mask is None:
+                    raise BadInput(f"no {sample['label']} was found")
+                image = media.cut_out(image, mask) if mask is not None else image.convert("RGB")
+                yield {**sample, "image": save_picture(run, "source", sample["id"], image)}
+            except BadInput as error:
+                yield {**sample, "image": str(sample["image"]), "kept": False, "why": f"unreadable: {error}"}
+
+    run.stage("source", samples, {"source": args.source and str(args.source), "count": args.count, "seed": args.seed,
+                                  "segment": args.segment}, work, lambda sample: [Path(sample["image"])], {})
+
+
+def source_rows(table: Path) -> list[dict]:
+    """image, label and kind of each row of a CSV or JSONL file; paths are relative to it."""
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file)) if table.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--source {table} cannot be read: {error}.") from error
+    if not rows or not {"image", "label"} <= rows[0].keys():
+        raise BadInput(f"--source {table} must have the columns image and label.")
+    kinds = {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}
+    return [{"image": str(table.parent / row["image"]), "label": row["label"],
+             "kind": row.get("kind") or kinds.get(row["label"], "active object")} for row in rows]
+
+
+def prompt(run: Run, args: argparse.Namespace) -> None:
+    """A text from the templates for each picture, --prompts of them; a language model may rewrite it."""
+    templates = json.loads(args.templates.read_text(encoding="utf-8")) if args.templates else (
+        TEMPLATES if args.source else world.templates())
+    if not {"style", "texture", "colour", "background", "motion"} <= templates.keys():
+        raise BadInput(f"--templates {args.templates} must have style, texture, colour, background and motion.")
+    samples = [{**sample, "id": f"{sample['id']}-{i}"} for sample in run.samples("source") for i in range(args.prompts)]
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        rewrite = rewriter(args.llm, run.ranks.device) if args.llm else None
+        for sample in todo:
+            number, variant = map(int, sample["id"].split("-"))
+            sample = {**sample, **compose(templates, sample["label"], sample["kind"], (args.seed, 32, number, variant))}
+            if rewrite:
+                sample["text"] = rewrite(sample["text"], sample["label"])
+            yield sample
+
+    run.stage("prompt", samples, {"templates": args.templates and str(args.templates), "llm": args.llm, "prompts": args.prompts},
+              work, lambda sample: [Path(sample["image"])], {})
+
+
+def compose(templates: dict, label: str, kind: str, seed) -> dict:
+    """A text and what it was made of: "image_text" says how the subject looks and where, "text" also what it does."""
+    rng = np.random.default_rng(seed)
+    family = str(rng.choice([name for name in ("style", "texture", "colour") if templates[name]]))
+    motions = templates["motion"][kind] if isinstance(templates["motion"], dict) else templates["motion"]
+    what, where, does = (str(rng.choice(options)) for options in (templates[family], templates["background"], motions))
+    what = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", what.format(label))
+    return {"family": family, "image_text": f"{what} {where}", "text": f"{what} {does} {where}"}
+
+
+def rewriter(name: str, device: torch.device) -> Callable[[str, str], str]:
+    """A language model of transformers that enriches a text; where it loses the subject, the text stays as it was."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = checkpoint.resolve(name)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+
+    @torch.no_grad()
+    def rewrite(text: str, label: str) -> str:
+        asked = INSTRUCTION.format(text=text, label=label)
+        if tokenizer.chat_template:
+            asked = tokenizer.apply_chat_template([{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(asked, return_tensors="pt").input_ids.to(device)
+        answer = tokenizer.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
+        line = next((line.strip().strip('"') for line in answer.splitlines() if line.strip()), "")
+        return line if label.lower() in line.lower() else text
+
+    return rewrite
+
+
+def customize(run: Run, args: argparse.Namespace) -> None:
+    """The subject as the text says: Switch with one frame, for the paper's Toffee."""
+    sampler = Sampler(args.model, args.adapter, str(run.ranks.device))
+    settings = sampler.defaults()
+    side = args.image_side or settings.height
+    if side % 16 or side < 16:
+        raise BadInput(f"--image-side {side} is not a multiple of 16.")
+    settings = replace(settings, frames=1, height=side, width=side, steps=args.steps)
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        for low in range(0, len(todo), CHUNK):
+            part = todo[low : low + CHUNK]
+            requests = [Request(sample["image_text"], "", seed_of(args.seed, sample["id"]), run.path("customize", sample["id"], ".png"),
+                                subject=sample["label"], reference=media.fit(media.open_image(run.out / sample["image"]), side, side, "pad"))
+                        for sample in part]
+            for sample, (_, video) in zip(part, sampler.videos(requests, settings, quiet=True)):
+                picture = Image.fromarray(media.video_to_frames(video)[0])
+                yield {**sample, "customized": save_picture(run, "customize", sample["id"], picture)}
+
+    run.stage("customize", run.samples("prompt"), {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side},
+              work, lambda sample: [Path(sample["image"]), Path(sample["customized"])], {})
+
+
+def filter_images(run: Run, args: argparse.Namespace) -> None:
+    """CLIP: does the picture show what the text says? DINO: is it the same subject?"""
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        networks = Similarity(checkpoint.resolve(args.model), run.ranks.device)
+        for sample in todo:
+            subject, picture = (media.open_image(run.out / sample[name]) for name in ("image", "customized"))
+            yield {**sample, "clip-text": networks.text([picture], sample["image_text"])[0],
+                   "dino-identity": networks.identity([subject], [picture])[0]}
+
+    run.stage("filter-images", run.samples("customize"), {"model": args.model}, work,
+              lambda sample: [Path(sample["image"]), Path(sample["customized"])],
+              {"clip-text": args.clip_text, "dino-identity": args.dino_identity})
+
+
+def fit(run: Run, args: argparse.Namespace) -> None:
+    """The picture at the video's size: what its proportions lack is padded with its own border, and inpainted where a
+    function for that is given."""
+    made = Sampler(args.i2v, None, str(run.ranks.device)).defaults()
+    inpaint = hook(args.inpaint) if args.inpaint else None
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        for sample in todo:
+            picture, padding = pad_to(media.open_image(run.out / sample["customized"]), made.height, made.width)
+            if inpaint and padding.getbbox():
+                picture = inpaint(picture, padding)
+            picture = media.fit(picture, made.height, made.width, "crop")
+            yield {**sample, "fitted": save_picture(run, "fit", sample["id"], picture)}
+
+    run.stage("fit", run.samples("filter-images"), {"i2v": args.i2v, "inpaint": args.inpaint}, work,
+              lambda sample: [Path(sample["customized"]), Path(sample["fitted"])], {})
+
+
+def hook(name: str) -> Callable[[Image.Image, Image.Image], Image.Image]:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"--inpaint {name} cannot be imported ({error}): give MODULE:FUNCTION.") from error
+
+
+def pad_to(picture: Image.Image, height: int, width: int) -> tuple[Image.Image, Image.Image]:
+    """The picture in the middle of a frame of the proportions height : width, its border pixels repeated outwards, and a mask
+    that is white where that happened."""
+    w, h = max(picture.width, round(picture.height * width / height)), max(picture.height, round(picture.width * height / width))
+    left, top = (w - picture.width) // 2, (h - picture.height) // 2
+    edges = ((top, h - picture.height - top), (left, w - picture.width - left))
+    mask = np.pad(np.zeros((picture.height, picture.width), dtype=np.uint8), edges, constant_values=255)
+    return Image.fromarray(np.pad(np.asarray(picture.convert("RGB")), (*edges, (0, 0)), mode="edge")), Image.fromarray(mask)
+
+
+def animate(run: Run, args: argparse.Namespace) -> None:
+    """The picture becomes the first frame of a video."""
+    sampler = Sampler(args.i2v, None, str(run.ranks.device))
+    if sampler.kind != "i2v":
+        raise BadInput(f"--i2v {args.i2v} is no image-to-video model.")
+    settings = replace(sampler.defaults(), steps=args.steps)
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        for low in range(0, len(todo), CHUNK):
+            part = todo[low : low + CHUNK]
+            requests = [Request(sample["text"], "", seed_of(args.seed, sample["id"]), run.path("animate", sample["id"], ".mp4"),
+                                reference=media.open_image(run.out / sample["fitted"])) for sample in part]
+            for sample, (request, video) in zip(part, sampler.videos(requests, settings, quiet=True)):
+                media.save_video(media.video_to_frames(video), request.out, settings.fps, {"text": sample["text"]})
+                yield {**sample, "video": str(request.out.relative_to(run.out))}
+
+    run.stage("animate", run.samples("fit"), {"i2v": args.i2v, "steps": args.steps}, work,
+              lambda sample: [Path(sample["image"]), Path(sample["video"])], {})
+
+
+def filter_videos(run: Run, args: argparse.Namespace) -> None:
+    """DINO: does the subject stay the same, from frame to frame and from any frame to any other? Flow: does anything move?"""
+    flow = Flow(args.raft, run.ranks.device)
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        networks = Similarity(checkpoint.resolve(args.model), run.ranks.device)
+        for sample in todo:
+            frames = media.read_video(run.out / sample["video"])
+            features = networks.features([Image.fromarray(frame) for frame in frames])
+            rng = np.random.default_rng(seed_of(args.seed, sample["id"]))
+            one, two = rng.permuted(np.tile(np.arange(len(frames)), (len(frames), 1)), axis=1)[:, :2].T  # distinct pairs
+            cosine = lambda a, b: float((features[a] * features[b]).sum(dim=-1).mean())
+            moved = float(flow_magnitude(frames, flow).mean()) / min(frames.shape[1:3])
+            yield {**sample, "dino-consecutive": cosine(range(len(frames) - 1), range(1, len(frames))),
+                   "dino-random": cosine(one, two), "flow": moved}
+
+    if run.ranks.first:
+        print(f"filter-videos: optical flow by {flow.name}")
+    run.stage("filter-videos", run.samples("animate"), {"model": args.model, "flow-by": flow.name}, work,
+              lambda sample: [Path(sample["image"]), Path(sample["video"])],
+              {"dino-consecutive": args.dino_consecutive, "dino-random": args.dino_random, "flow": args.flow})
+
+
+def triplets(run: Run, args: argparse.Namespace) -> None:
+    """(x, c, s): the video, the text, and the subject's own picture."""
+    rows = [{"video": sample["video"], "text": sample["text"], "image": sample["image"], "noun": sample["label"]}
+            for sample in run.samples("filter-videos")]
+    if not rows:
+        raise BadInput(f"No triplet is left in {run.out}: look at its sheets and histograms, and lower a threshold.")
+    if run.ranks.first:
+        with checkpoint.replace_when_whole(run.out / "triplets.jsonl") as part:
+            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"wrote {run.out / 'triplets.jsonl'}: {len(rows)} triplets; python train_sugar.py --data {run.out} trains on them")
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A seed for sampling that follows from the run's and the sample's name."""
+    return int(np.random.SeedSequence([seed, *map(int, name.split("-"))]).generate_state(1)[0])
+
+
+def save_picture(run: Run, stage: str, name: str, picture: Image.Image) -> str:
+    """Its path, relative to the run."""
+    file = run.path(stage, name, ".png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    media.save_image(picture, file)
+    return str(file.relative_to(run.out))
+
+
+STAGES = {"source": source, "prompt": prompt, "customize": customize, "filter-images": filter_images, "fit": fit,
+          "animate": animate, "filter-videos": filter_videos, "triplets": triplets}
+
+
+def run(args: argparse.Namespace) -> None:
+    ranks = distributed.start(args.device)
+    for name in ("count", "prompts", "steps"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: choose 1 or more.")
+    for name in STAGES:
+        if name in args.stages:
+            STAGES[name](Run(args.out, ranks), args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        run(args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    distributed.leave(main())

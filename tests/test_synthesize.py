@@ -1,0 +1,230 @@
+"""SUGAR's data pipeline: every stage on the toy, killed and resumed, shared among ranks, and what it keeps and drops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli import ROOT
+from PIL import Image
+
+import figures
+import media
+import synthesize
+import toy
+import world
+from media import Clip
+from readers import Triplets
+
+ANY = "--clip-text -1 --dino-identity -1 --dino-consecutive -1 --dino-random -1 --flow 0"  # every sample is kept
+QUICK = "--steps 2 --device cpu"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "toy"
+    toy.init(folder)
+    return folder
+
+
+def arguments(base: Path, out: Path, more: str = "") -> list[str]:
+    return [*f"--model {base} --adapter {base}/switch --i2v {base}/i2v --out {out} {QUICK} {more}".split()]
+
+
+def start(base: Path, out: Path, more: str = "", ranks: int = 1) -> subprocess.Popen:
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *launcher, str(ROOT / "synthesize.py"), *arguments(base, out, more)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def manifests(out: Path) -> dict[str, list[dict]]:
+    return {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in out.glob("*.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """A run that nobody disturbed: three subjects, two texts each."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    said = finish(start(base, out, f"{ANY} --count 3 --prompts 2"))
+    return out, said
+
+
+def test_the_whole_chain_ends_in_triplets_that_train(whole, base, tmp_path):
+    out, said = whole
+    assert "source: kept 3, dropped 0" in said and "filter-videos: kept 6, dropped 0" in said
+    assert "classical pyramidal flow" in said and "6 triplets" in said
+    stages = [name for name in synthesize.STAGES if name != "triplets"]
+    assert set(manifests(out)) == {*stages, "triplets"} and all((out / f"{stage}.png").exists() for stage in stages)
+    assert all((out / f"{stage}-scores.png").exists() for stage in ("filter-images", "filter-videos"))
+    data = Triplets(out, Clip(9, 64, 64))
+    examples = [data[i] for i in range(6)]
+    assert len(data) == 6 and {example.noun for example in examples} == {world.NOUN}
+    assert len({example.text for example in examples}) > 2
+    assert np.array_equal(np.asarray(examples[0].image), np.asarray(examples[1].image)), "two texts, one subject"
+    import train_sugar
+
+    run = ["--model", str(base), "--data", str(out), "--real", "2", "--out", str(tmp_path / "run"), "--device", "cpu", "--steps", "2",
+           "--batch", "2", "--p", "1", "--strategy", "mix", "--validate-count", "0"]
+    assert train_sugar.main(run) == 0
+    assert [json.loads(line)["stream"] for line in (tmp_path / "run" / "mix" / "metrics.jsonl").read_text().splitlines()] == ["synthetic"] * 2
+
+
+def test_killed_at_any_moment_and_run_again_is_the_undisturbed_run(whole, base, tmp_path, seed):
+    killed = start(base, tmp_path / "run", f"{ANY} --count 3 --prompts 2")
+    wanted = 1 + seed % 30  # records of samples, of 3 + 6 x 6
+    while killed.poll() is None and len(list((tmp_path / "run").glob("*/000/*.json"))) < wanted:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    finish(start(base, tmp_path / "run", f"{ANY} --count 3 --prompts 2"))
+    assert manifests(tmp_path / "run") == manifests(whole[0])
+    for file in whole[0].rglob("*.png"):
+        if file.parent != whole[0]:
+            assert file.read_bytes() == (tmp_path / "run" / file.relative_to(whole[0])).read_bytes()
+
+
+def test_two_ranks_make_what_one_makes(whole, base, tmp_path):
+    finish(start(base, tmp_path / "run", f"{ANY} --count 3 --prompts 2", ranks=2))
+    ours, theirs = manifests(tmp_path / "run"), manifests(whole[0])
+    assert ours.keys() == theirs.keys()
+    for stage in ours:
+        for one, two in zip(ours[stage], theirs[stage], strict=True):
+            assert one.keys() == two.keys()
+            assert all(one[key] == pytest.approx(two[key], abs=1e-4) if isinstance(one[key], float) else one[key] == two[key] for key in one)
+
+
+def test_what_falls_short_is_dropped_and_why_is_said(base, tmp_path, monkeypatch, capfd):
+    """With networks whose answers are known: picture i of 6 is like its text by i / 10, and so on."""
+
+    class Known:
+        def __init__(self, *args):
+            self.seen = 0
+
+        def text(self, pictures, text):
+            self.seen += 1
+            return [self.seen / 10]
+
+        def identity(self, one, two):
+            return [0.9 if self.seen % 2 else 0.1]
+
+        def features(self, pictures):
+            return torch.nn.functional.normalize(torch.ones(len(pictures), 4), dim=-1)
+
+    monkeypatch.setattr(synthesize, "Similarity", Known)
+    monkeypatch.setattr(synthesize, "flow_magnitude", lambda frames, flow: np.full(8, 0.064))
+    limits = "--clip-text 0.25 --dino-identity 0.5 --count 6 --flow 0.01"
+    assert synthesize.main(arguments(base, tmp_path / "run", limits)) == 2  # nothing moves: no triplet is left
+    out, err = capfd.readouterr()
+    rows = manifests(tmp_path / "run")
+    assert [row["kept"] for row in rows["filter-images"]] == [False, False, True, False, True, False]
+    assert rows["filter-images"][1]["why"] == "clip-text 0.20 < 0.25, dino-identity 0.10 < 0.5"
+    assert "filter-images: kept 2, dropped 4 (2 dino-identity < 0.5; 1 clip-text < 0.25; 1 clip-text < 0.25, dino-identity < 0.5)" in out
+    assert len(rows["animate"]) == 2 and [row["why"] for row in rows["filter-videos"]] == ["flow 0.00 < 0.01"] * 2
+    assert [row["dino-random"] for row in rows["filter-videos"]] == pytest.approx([1, 1])
+    assert "No triplet is left" in err and not (tmp_path / "run" / "triplets.jsonl").exists()
+
+
+def test_a_table_of_pictures_and_a_broken_one_among_them(base, tmp_path, capfd):
+    Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(tmp_path / "dog.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "dog.png").read_bytes()[:40])
+    (tmp_path / "source.csv").write_text("image,label\ndog.png,dog\ntorn.png,teapot\ndog.png,axe\n")
+    status = synthesize.main(arguments(base, tmp_path / "run", f"--stages source prompt --source {tmp_path / 'source.csv'} --count 9"))
+    assert status == 0 and "source: kept 2, dropped 1 (1 unreadable: " in capfd.readouterr().out
+    rows = manifests(tmp_path / "run")
+    assert [row["kind"] for row in rows["source"]] == ["animal", "static object", "active object"]
+    dog, axe = rows["prompt"]
+    assert any(dog["text"].count(does) for does in synthesize.TEMPLATES["motion"]["animal"]) and "axe" in axe["text"]
+    assert dog["image_text"] != dog["text"] and " a axe" not in f' {axe["text"]}'
+
+
+def test_texts_are_made_of_the_templates(seed):
+    for i in range(30):
+        made = synthesize.compose(synthesize.TEMPLATES, "owl", "animal", (seed, i))
+        what, where = made["image_text"], made["text"]
+        assert made["family"] in ("style", "texture", "colour") and "owl" in what and " a owl" not in f" {what}"
+        assert any(what.endswith(place) and where.endswith(place) for place in synthesize.TEMPLATES["background"])
+        assert any(f" {does} " in where and does not in what for does in synthesize.TEMPLATES["motion"]["animal"])
+    sentences = set(world.sentences())
+    assert all(synthesize.compose(world.templates(), world.NOUN, "active object", (seed, i))["text"] in sentences for i in range(50))
+
+
+def test_a_language_model_that_loses_the_subject_is_not_heeded(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = toy.clip_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "llm")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                 num_attention_heads=1, pad_token_id=1)).save_pretrained(tmp_path / "llm")
+    rewrite = synthesize.rewriter(str(tmp_path / "llm"), torch.device("cpu"))
+    assert rewrite("a golden creature jumps in space", "zeppelin") == "a golden creature jumps in space"
+
+
+@pytest.mark.parametrize("size,height,width,expected", [((64, 64), 480, 720, (96, 64)), ((90, 40), 64, 64, (90, 90)), ((30, 20), 40, 60, (30, 20))])
+def test_padding_repeats_the_border_and_is_marked(size, height, width, expected):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    padded, mask = synthesize.pad_to(picture, height, width)
+    assert padded.size == mask.size == expected
+    inside = np.asarray(mask) == 0
+    assert inside.sum() == size[0] * size[1] and np.array_equal(np.asarray(padded)[inside], np.asarray(picture).reshape(-1, 3))
+    if expected == (96, 64):
+        assert (np.asarray(padded)[:, :16] == np.asarray(picture)[:, :1]).all()
+
+
+def black(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """An "inpainting model" for --inpaint."""
+    return Image.composite(Image.new("RGB", picture.size), picture, mask)
+
+
+def test_an_inpainting_function_can_be_hooked_in(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    function = synthesize.hook("test_synthesize:black")
+    padded, mask = synthesize.pad_to(Image.new("RGB", (8, 8), "white"), 8, 16)
+    assert np.asarray(function(padded, mask))[:, :4].max() == 0
+    with pytest.raises(synthesize.BadInput, match="MODULE:FUNCTION"):
+        synthesize.hook("nowhere:black")
+
+
+@pytest.mark.parametrize("more,phrase", [
+    ("--stages customize", "run the stage prompt first"), ("--count 0", "--count 0: choose 1 or more"),
+    ("--source nowhere.csv", "--source nowhere.csv cannot be read"), ("--stages animate --i2v {base}", "is no image-to-video model"),
+])
+def test_bad_input(more, phrase, base, tmp_path, capfd):
+    assert synthesize.main(arguments(base, tmp_path / "run", more.format(base=base))) == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and phrase in errors[0]
+
+
+def test_other_settings_are_refused_by_name(base, tmp_path, capfd):
+    assert synthesize.main(arguments(base, tmp_path / "run", "--stages source --count 2")) == 0
+    assert synthesize.main(arguments(base, tmp_path / "run", "--stages source --count 3")) == 2
+    assert "was begun with count = 2, and now it is 3" in capfd.readouterr().err
+
+
+def test_a_histogram_marks_what_is_dropped():
+    chart = np.asarray(figures.histogram([0.1] * 10 + [0.9] * 10, "score", least=0.5))
+    red, blue = ((chart == np.array(colour)).all(axis=-1) for colour in (figures.DROPPED, figures.BAR))
+    assert 0 < red.sum() and 0 < blue.sum() and np.nonzero(red)[1].max() < np.nonzero(blue)[1].min()
+    assert figures.histogram([], "nothing", 0.5).size == figures.histogram([float("nan")], "nothing").size
+
+
+def test_frames_of_a_written_video_come_back(tmp_path, seed):
+    frames = world.render(world.sample_scene(seed))
+    media.save_video(frames, tmp_path / "clip.mp4", 8, {})
+    read = media.read_video(tmp_path / "clip.mp4")
+    assert read.shape == frames.shape and np.abs(read.astype(int) - frames).mean() < 8
+    (tmp_path / "torn.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:300])
+    with pytest.raises(synthesize.BadInput, match="torn.mp4|cannot be read"):
+        media.read_video(tmp_path / "torn.mp4")
