@@ -94,6 +94,11 @@ def part(model: Path, name: str, depth: int = 0) -> Path | None:
     return part(model / base if (model / base).is_dir() else resolve(base), name, depth + 1)
 
 
+def name_base(model: Path, base: str) -> None:
+    """Writes that what `model` lacks is to be taken from `base`: see part()."""
+    (model / "model_index.json").write_text(json.dumps({"base": base}) + "\n", encoding="utf-8")
+
+
 def need(model: Path, name: str) -> Path:
     """part(), where the model cannot do without."""
     folder = part(model, name)

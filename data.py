@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
+import measure
 import media
 import world
 from checkpoint import BadInput
@@ -83,7 +84,7 @@ class ToyTest:
         scene = world.sample_scene(rng, "test", look=self.looks[rng.integers(len(self.looks))])
         others = world.candidates(scene.subject, rng)
         return Example(world.render(scene), world.caption(scene, rng), Image.fromarray(world.portrait(scene.subject)),
-                       world.NOUN, lambda video: world.score(video, scene, others))
+                       world.NOUN, lambda video: measure.score(video, scene, others))
 
 
 def shuffled(position: int, length: int, seed: int) -> int:

@@ -132,7 +132,7 @@ class Sampler:
         self.name, self.folder, self.device = model, checkpoint.resolve(model), torch.device(device)
         self.config = read_config(checkpoint.need(self.folder, "transformer"))
         self.vae_config = read_vae_config(checkpoint.need(self.folder, "vae"))
-        self.scheduler = checkpoint.read_json(checkpoint.need(self.folder, "scheduler") / "scheduler_config.json")
+        self.scheduler = read_schedule(self.folder)
         self.alpha_bar = alpha_bar_schedule(self.scheduler)
         with torch.device("meta"):  # headers are compared, nothing is read
             transformer, vae = Transformer(self.config), VAE(self.vae_config)
@@ -272,6 +272,11 @@ class Sampler:
         about = {**asked, "model": self.name, "adapter": self.adapter_file and str(self.adapter_file),
                  "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), **asdict(settings)}
         media.save_video(frames, request.out, settings.fps, about)
+
+
+def read_schedule(model: Path) -> dict:
+    """The checkpoint's scheduler_config.json."""
+    return checkpoint.read_json(checkpoint.need(model, "scheduler") / "scheduler_config.json")
 
 
 def switch_stands_on(config: Config) -> bool:

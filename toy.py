@@ -9,7 +9,6 @@ import argparse
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -25,14 +24,14 @@ import distributed
 import media
 import world
 from cache import stored_settings, write_cache
-from checkpoint import BadInput
+from checkpoint import BadInput, name_base
 from data import Encoder, Stream, Toy, ToyTest, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
 from lora import Adapter, inject, lora_state_dict, read_adapter, save_adapter
 from model import Config, Transformer, init_sugar, load_transformer, save_tensors, save_transformer
 from pipeline import Request, Sampler
-from training import Options, generator, train
+from training import Options, exit_status, generator, train
 from vae import VAE, VAEConfig, save_vae
 
 TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 24  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
@@ -153,7 +152,7 @@ def write_frame(folder: Path) -> None:
 def write_variant(folder: Path, model: Transformer) -> None:
     """A transformer that shares everything else with the toy it lies in."""
     save_transformer(model, folder / "transformer", torch.bfloat16)
-    (folder / "model_index.json").write_text(json.dumps({"base": ".."}) + "\n")
+    name_base(folder, "..")
 
 
 def init(folder: Path) -> None:
@@ -410,7 +409,7 @@ class Builder:
             out = self.folder / "i2v" if i2v else self.folder
             save_tensors(model.config, {key: value.bfloat16() for key, value in weights.items()}, out / "transformer")
             if i2v:
-                (out / "model_index.json").write_text(json.dumps({"base": ".."}) + "\n")
+                name_base(out, "..")
 
     def switch(self) -> None:
         """The adapter, by the paper's own trainer."""
@@ -507,26 +506,23 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
     parser.add_argument("--device")
     args = parser.parse_args()
-    try:
-        if args.command == "score":
-            device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            print_scores(score(args.out, args.count, device, args.work), args.count)
-            return 0
-        if args.command == "build":
-            build(args)
-            return 0
-        if args.out.exists():
-            raise BadInput(f"{args.out} is already there; remove it first.")
-        part = args.out.with_name(f".{args.out.name}-part")
-        shutil.rmtree(part, ignore_errors=True)
-        init(part)
-        part.rename(args.out)
-        print(f"wrote {args.out}: untrained, its pixels mean nothing yet")
-        return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: {"init": new, "build": build, "score": score_table}[args.command](args))
+
+
+def new(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise BadInput(f"{args.out} is already there; remove it first.")
+    part = args.out.with_name(f".{args.out.name}-part")
+    shutil.rmtree(part, ignore_errors=True)
+    init(part)
+    part.rename(args.out)
+    print(f"wrote {args.out}: untrained, its pixels mean nothing yet")
+
+
+def score_table(args: argparse.Namespace) -> None:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    print_scores(score(args.out, args.count, device, args.work), args.count)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -8,7 +8,6 @@ image, and from synthetic ones, whose subject looks different but hardly moves.
 """
 
 import argparse
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors
-from pipeline import Settings
+from pipeline import Settings, read_schedule
 from readers import add_arguments, clip_of, open_data
 from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
                       train)
@@ -131,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
         shutil.rmtree(args.out / "transformer", ignore_errors=True)
         shutil.copytree(weights, args.out / "transformer")
         base = str(folder.resolve()) if Path(args.model).is_dir() else args.model
-        (args.out / "model_index.json").write_text(json.dumps({"base": base}) + "\n")
+        checkpoint.name_base(args.out, base)
         print(f"wrote {args.out}: python sample.py --model {args.out} ...")
 
 
@@ -144,8 +143,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
     if stage.frozen:
         freeze_first_half(model)
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
-    alpha_bar = alpha_bar_schedule(checkpoint.read_json(checkpoint.need(folder, "scheduler") / "scheduler_config.json"))
-    alpha_bar = alpha_bar.to(ranks.device)
+    alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
 
     def plan(step: int) -> tuple[str, int]:
         """p is "the probability of sampling from the synthetic dataset": drawn for each step, on all ranks alike."""

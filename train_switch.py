@@ -21,7 +21,7 @@ from data import Encoder, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
-from pipeline import switch_stands_on
+from pipeline import read_schedule, switch_stands_on
 from readers import add_arguments, clip_of, open_data
 from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
                       train)
@@ -120,8 +120,7 @@ def run(args: argparse.Namespace) -> None:
     weights = checkpoint.need(folder, "transformer")
     model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
-    alpha_bar = alpha_bar_schedule(checkpoint.read_json(checkpoint.need(folder, "scheduler") / "scheduler_config.json"))
-    alpha_bar = alpha_bar.to(ranks.device)
+    alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
 
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,

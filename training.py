@@ -59,9 +59,10 @@ class Options:
                 "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up",
                 "clip": "largest gradient norm", "micro_batch": "samples a rank takes at a time; the global batch does not "
                 "depend on it", "ema": "decay of an exponential moving average of the weights; 0 is none",
-                "keep": "checkpoints that are kept", "validate_count": "held-out subjects on a validation sheet; 0 is no sheet", "max_skipped": "steps with a loss that is not finite before stopping"}
+                "keep": "checkpoints that are kept", "validate_count": "held-out subjects on a validation sheet; 0 is no sheet",
+                "max_skipped": "steps with a loss that is not finite before stopping"}
         for name, option in Options.__dataclass_fields__.items():
-            default = defaults.get(name, option.default if option.default is not None else None)
+            default = defaults.get(name, option.default)
             if name == "resume":
                 parser.add_argument("--restart", dest="resume", action="store_false", help="ignore checkpoints in --out")
             else:

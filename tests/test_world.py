@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import measure
 import world
 from world import BACKGROUNDS, COLOURS, DETAILS, LOOKS, MOTIONS, NOUN, PATTERNS, SHAPES, Scene, Subject
 
@@ -164,6 +165,7 @@ def test_captions_tell_all_else():
 
 
 def test_pairs_show_one_subject_twice(seed):
+    photographs = 0
     for i in range(20):
         sample = world.sample_pair(seed + i)
         assert sample["reference"].shape == sample["target"].shape == (64, 64, 3)
@@ -171,9 +173,14 @@ def test_pairs_show_one_subject_twice(seed):
         scene = sample["scene"]
         assert sample["text"] in world.captions(None, scene.background, "plain")  # no photograph moves
         assert np.array_equal(sample["target"], world.render(scene)[0])
-        seen = [world.measure(np.repeat(sample[view][None], 9, 0), [scene.subject], "plain")["background"]
-                for view in ("reference", "target")] if i < 3 else ("elsewhere", scene.background)
-        assert seen[1] == scene.background != seen[0]
+        if (sample["reference"][[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all():  # a portrait: the corners are white
+            continue
+        photographs += 1
+        if photographs <= 3:
+            seen = [measure.measure(np.repeat(sample[view][None], 9, 0), [scene.subject], "plain")["background"]
+                    for view in ("reference", "target")]
+            assert seen[1] == scene.background != seen[0]
+    assert 2 <= photographs <= 18
 
 
 def test_videos_move_and_are_plain(seed):
@@ -189,8 +196,8 @@ def test_triplets_hardly_move_and_look_unlike_their_image(seed):
     def change(video):
         return np.abs(np.diff(video.astype(int), axis=0)).mean()
 
-    triplets, videos = ([sample(seed + i) for i in range(60)] for sample in (world.sample_triplet, world.sample_video))
-    assert np.mean([change(t["video"]) for t in triplets]) < 0.15 * np.mean([change(v["video"]) for v in videos])
+    triplets, videos = ([sample(seed + i) for i in range(200)] for sample in (world.sample_triplet, world.sample_video))
+    assert np.mean([change(t["video"]) for t in triplets]) < 0.2 * np.mean([change(v["video"]) for v in videos])
     for triplet in triplets:
         scene, image = triplet["scene"], triplet["image"]
         assert scene.look != "plain" and triplet["text"] in world.captions(scene.motion, scene.background, scene.look)
@@ -230,7 +237,7 @@ def test_what_was_drawn_is_what_is_measured(kind, allowed, seed):
     rng, wrong = np.random.default_rng(seed), dict.fromkeys(ASKED, 0)
     for scene, candidates in scenes(seed, 12):
         video = world.render(scene)
-        scores = world.score(video if kind == "truth" else damaged(video, rng), scene, candidates)
+        scores = measure.score(video if kind == "truth" else damaged(video, rng), scene, candidates)
         for name in ASKED:
             wrong[name] += scores[name] < 1
         if scene.motion == "still":
@@ -248,7 +255,7 @@ def test_what_was_not_asked_is_not_found(seed):
         motion = world.pick(rng, (motion for motion in MOTIONS if motion != scene.motion))
         background = world.pick(rng, (background for background in BACKGROUNDS if background != scene.background))
         shown = world.render(Scene(stranger, motion, background, scene.look, scene.seed))
-        seen = world.measure(shown, candidates, scene.look)
+        seen = measure.measure(shown, candidates, scene.look)
         named += (seen["identity"] == stranger) + (seen["motion"] == motion) + (seen["background"] == background)
     assert named >= 14  # of 15
 
@@ -257,7 +264,7 @@ def test_noise_scores_by_chance(seed):
     rng, total = np.random.default_rng(seed), dict.fromkeys(ASKED, 0.0)
     for scene, candidates in scenes(seed, 8):
         noise = rng.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8)
-        scores = world.score(noise, scene, candidates)
+        scores = measure.score(noise, scene, candidates)
         for name in ASKED:
             total[name] += scores[name]
     assert total["identity"] <= 4 and total["motion"] <= 5 and total["background"] <= 5, total
@@ -266,14 +273,14 @@ def test_noise_scores_by_chance(seed):
 @pytest.mark.parametrize("video", [np.zeros((9, 64, 64, 3), np.uint8), np.full((9, 64, 64, 3), 255, np.uint8)])
 def test_a_blank_video_is_measured_as_still(video, seed):
     scene = world.sample_scene(seed, motion="left")
-    scores = world.score(video, scene, world.candidates(scene.subject, seed))
+    scores = measure.score(video, scene, world.candidates(scene.subject, seed))
     assert scores["motion"] == 0 and scores["movement"] == 0
 
 
 def test_an_empty_background_has_nobody_in_it(seed):
     scene = world.sample_scene(seed, motion="jump")
     video = np.repeat(world.backdrop(scene.background).astype(np.uint8)[None], 9, 0)
-    seen = world.measure(video, world.candidates(scene.subject, seed), "plain")
+    seen = measure.measure(video, world.candidates(scene.subject, seed), "plain")
     assert (seen["motion"], seen["movement"], seen["background"]) == ("still", 0, scene.background)
 
 
@@ -283,7 +290,7 @@ def test_movement_is_in_pixels_per_frame(seed):
         scene = world.sample_scene(seed, motion=motion)
         path, _ = world.poses(scene)
         true = np.hypot(*np.diff(path[:, :2], axis=0).T).mean()
-        seen = world.measure(world.render(scene), [scene.subject], "plain")["movement"]
+        seen = measure.measure(world.render(scene), [scene.subject], "plain")["movement"]
         assert seen == pytest.approx(true, abs=0.6)
 
 
