@@ -378,7 +378,7 @@ class Builder:
             start_from_base(model, self.folder / "transformer")
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
         streams = {}
-        for name, count in (("styled", 12000), ("pairs", 6000)):
+        for name, count in (("styled", 8000), ("pairs", 4000)):
             length = max(round(count * self.scale), 8)
             cache = write_cache(self.work / "latents" / name, Toy(name, self.seed), length, encoder, self.ranks, self.seed,
                                 stored_settings(encoder, name))
