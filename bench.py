@@ -1,6 +1,8 @@
 """Speed and memory beside diffusers, both sides in one run, each measurement in a process of its own.
 
     python bench.py load [--model 2b] [--runs 5] [--dtype bf16]      host memory and time of loading a transformer
+    python bench.py data [--runs 5] [--samples 10000]                clips/s beside decoding all frames; a manifest of 400,000
+                                                                     rows; memory over many samples
 """
 
 import argparse
@@ -13,9 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+import media
 from model import Config, Transformer, load_transformer, save_tensors
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -73,19 +78,74 @@ def load(args: argparse.Namespace) -> dict:
     return {"model": args.model, "dtype": args.dtype, "bytes": size, "median": median, "runs": runs}
 
 
+def resident_bytes() -> int:
+    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+
+
+def synthetic_video(file: Path, size: str, seconds: int) -> Path:
+    """A moving test picture with grain, as H.264 with ffmpeg's own settings for key frames."""
+    done = media.ffmpeg("-loglevel", "error", "-f", "lavfi", "-i", f"testsrc2=size={size}:rate=30:duration={seconds}", "-vf",
+                        "noise=alls=8:allf=t", "-pix_fmt", "yuv420p", str(file))
+    if not file.exists():
+        raise RuntimeError(done.stderr.decode())
+    return file
+
+
+def whole_video(file: Path, clip: media.Clip, rng: np.random.Generator) -> np.ndarray:
+    """What decode() is beside: every frame is decoded, then those of a window are taken and fitted."""
+    frames = media.read_video(file)
+    start = rng.integers(0, len(frames) - round(clip.seconds * 30))
+    chosen = [frames[start + round(i * 30 / clip.fps)] for i in range(clip.frames)]
+    return np.stack([np.asarray(media.fit(Image.fromarray(frame), clip.height, clip.width, "crop")) for frame in chosen])
+
+
+def data(args: argparse.Namespace) -> dict:
+    from readers import Videos
+
+    clip, seconds = media.Clip(49, 480, 720, 8), {"ours": [], "all frames": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        file = synthetic_video(folder / "large.mp4", "1280x720", 30)
+        for run in tqdm(range(args.runs), "runs"):
+            for side, read in (("ours", media.decode), ("all frames", whole_video)):
+                start = time.perf_counter()
+                assert read(file, clip, np.random.default_rng(run)).shape == (49, 480, 720, 3)
+                seconds[side].append(time.perf_counter() - start)
+        rate = {side: 1 / statistics.median(times) for side, times in seconds.items()}
+        synthetic_video(folder / "small.mp4", "160x120", 4)
+        rows = "".join(f'small.mp4,"number {i}, a caption of the usual length that says what can be seen"\n' for i in range(400_000))
+        (folder / "manifest.csv").write_text("video,caption\n" + rows)
+        start, small = time.perf_counter(), media.Clip(9, 64, 64, 8)
+        videos = Videos(folder / "manifest.csv", small)
+        first = [videos[i] for i in range(4)]
+        until_first = time.perf_counter() - start
+        memory = {}
+        for i in tqdm(range(args.samples), "samples"):
+            videos[i % len(videos)]
+            if i + 1 in (args.samples // 10, args.samples):
+                memory[i + 1] = resident_bytes()
+    print("\n| 49x480x720 out of 30 s of 1280x720 | clips/s |\n|---|---|")
+    for side, value in rate.items():
+        print(f"| {side} | {value:.2f} |")
+    print(f"ratio {rate['ours'] / rate['all frames']:.1f}; first batch of {len(first)} out of 400,000 rows after {until_first:.1f} s; memory "
+          + ", ".join(f"{size / 1e6:.0f} MB after {count:,} samples" for count, size in memory.items()))
+    return {"clips_per_second": rate, "seconds": seconds, "first_batch": until_first, "memory": memory}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load"])
+    parser.add_argument("what", choices=["load", "data"])
     parser.add_argument("--model", choices=list(MODELS), default="2b")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=10000, help="data: over which memory is watched")
     parser.add_argument("--child", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(load_once(args.child, args.folder, DTYPES[args.dtype])))
         return
-    result = load(args)
+    result = {"load": load, "data": data}[args.what](args)
     Path("bench.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
