@@ -139,8 +139,8 @@ def merge(model: nn.Module) -> None:
 
 
 def save_adapter(model: nn.Module | dict[str, Tensor], path: Path, adapter: Adapter) -> None:
-    """Writes the adapter of a model, or its lora_state_dict(), as `path`, or as the usual name in `path` where that is a folder. diffusers loads the file with
-    load_lora_weights(); our settings stand beside PEFT's in its metadata."""
+    """Writes the adapter of a model, or its lora_state_dict(), as `path`, or as the usual name in `path` where that is a
+    folder. diffusers loads the file with load_lora_weights(); our settings stand beside PEFT's in its metadata."""
     file = path if path.suffix == ".safetensors" else path / FILES[0]
     state = model if isinstance(model, dict) else lora_state_dict(model)
     modules = sorted({key.split(".lora_")[0] for key in state})

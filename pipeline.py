@@ -227,8 +227,8 @@ class Sampler:
     @torch.no_grad()
     def videos(self, requests: list[Request], settings: Settings, rank: int = 0,
                quiet: bool = False) -> Iterator[tuple[Request, Tensor]]:
-        """Makes the videos, each [3, F, H, W] in [-1, 1]; quiet: without progress bars. The networks take turns on the device: text encoder, image
-        encoders, then for each video VAE, transformer, VAE."""
+        """Makes the videos, each [3, F, H, W] in [-1, 1]; quiet: without progress bars. The networks take turns on the
+        device: text encoder, image encoders, then for each video VAE, transformer, VAE."""
         texts = self.encode_text([p for request in requests for p in (self.prompt(request), request.negative_prompt)])
         pictured = [request for request in requests if request.reference is not None]
         identity = self.encode_identity(pictured) if self.kind == "sugar" and pictured else {}

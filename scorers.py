@@ -387,8 +387,9 @@ class Similarity:
         """CLIP's cosine of each picture and the text."""
         pixels = torch.stack([image_to_tensor(fit(picture, self.side, self.side, "crop")) for picture in pictures])
         pixels = ((pixels + 1) / 2 - self.mean) / self.std
-        words = self.tokenizer([text], padding="max_length", truncation=True, return_tensors="pt", max_length=self.clip.config.
-                               text_config.max_position_embeddings).to(self.device)
+        length = self.clip.config.text_config.max_position_embeddings
+        words = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        words = words.to(self.device)
         given = self.clip(pixel_values=pixels.to(self.device), input_ids=words.input_ids, attention_mask=words.attention_mask)
         return (F.normalize(given.image_embeds, dim=-1) @ F.normalize(given.text_embeds, dim=-1).T)[:, 0].tolist()
 

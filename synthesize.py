@@ -81,8 +81,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=50, help="of sampling (default: %(default)s)")
     p.add_argument("--clip-text", type=float, default=0.2, help="least cosine of picture and text (default: %(default)s)")
     p.add_argument("--dino-identity", type=float, default=0.4, help="least cosine to the subject's picture (default: %(default)s)")
-    p.add_argument("--dino-consecutive", type=float, default=0.8, help="least mean cosine of neighbouring frames (default: %(default)s)")
-    p.add_argument("--dino-random", type=float, default=0.7, help="least mean cosine of random pairs (default: %(default)s)")
+    p.add_argument("--dino-consecutive", type=float, default=0.8,
+                   help="least mean cosine of neighbouring frames (default: %(default)s)")
+    p.add_argument("--dino-random", type=float, default=0.7,
+                   help="least mean cosine of random pairs of frames (default: %(default)s)")
     p.add_argument("--flow", type=float, default=0.01,
                    help="least motion: flow of the fastest 5%% of pixels as a share of the shorter side (default: %(default)s)")
     p.add_argument("--raft", type=Path, help="RAFT's published weights; without them a classical estimator stands in")
@@ -178,9 +180,11 @@ def rewriter(name: str, device: torch.device) -> Callable[[str, str], str]:
     def rewrite(text: str, label: str) -> str:
         asked = INSTRUCTION.format(text=text, label=label)
         if tokenizer.chat_template:
-            asked = tokenizer.apply_chat_template([{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True)
+            turns = [{"role": "user", "content": asked}]
+            asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(asked, return_tensors="pt").input_ids.to(device)
-        answer = tokenizer.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
+        new = model.generate(ids, max_new_tokens=80, do_sample=False)[0, ids.shape[1] :]
+        answer = tokenizer.decode(new, skip_special_tokens=True)
         line = next((line.strip().strip('"') for line in answer.splitlines() if line.strip()), "")
         return line if label.lower() in line.lower() else text
 
@@ -199,9 +203,9 @@ def customize(run: Run, args: argparse.Namespace) -> None:
     def work(todo: list[dict]) -> Iterator[dict]:
         for low in range(0, len(todo), CHUNK):
             part = todo[low : low + CHUNK]
-            requests = [Request(sample["image_text"], "", seed_of(args.seed, sample["id"]), run.path("customize", sample["id"], ".png"),
-                                subject=sample["label"], reference=media.fit(media.open_image(run.out / sample["image"]), side, side, "pad"))
-                        for sample in part]
+            references = [media.fit(media.open_image(run.out / sample["image"]), side, side, "pad") for sample in part]
+            requests = [Request(sample["image_text"], "", seed_of(args.seed, sample["id"]), run.out, subject=sample["label"],
+                                reference=reference) for sample, reference in zip(part, references)]
             for sample, (_, video) in zip(part, sampler.videos(requests, settings, quiet=True)):
                 picture = Image.fromarray(media.video_to_frames(video)[0])
                 yield {**sample, "customized": save_picture(run, "customize", sample["id"], picture)}
@@ -254,7 +258,8 @@ def hook(name: str) -> Callable[[Image.Image, Image.Image], Image.Image]:
 def pad_to(picture: Image.Image, height: int, width: int) -> tuple[Image.Image, Image.Image]:
     """The picture in the middle of a frame of the proportions height : width, its border pixels repeated outwards, and a mask
     that is white where that happened."""
-    w, h = max(picture.width, round(picture.height * width / height)), max(picture.height, round(picture.width * height / width))
+    w = max(picture.width, round(picture.height * width / height))
+    h = max(picture.height, round(picture.width * height / width))
     left, top = (w - picture.width) // 2, (h - picture.height) // 2
     edges = ((top, h - picture.height - top), (left, w - picture.width - left))
     mask = np.pad(np.zeros((picture.height, picture.width), dtype=np.uint8), edges, constant_values=255)

@@ -442,8 +442,8 @@ class Builder:
             save(task.eval())
 
 
-STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino, "vae": Builder.vae, "base": lambda b: b.transformer("base"),
-          "i2v": lambda b: b.transformer("i2v"), "switch": Builder.switch, "sugar": Builder.sugar}
+STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino, "vae": Builder.vae,
+          "base": lambda b: b.transformer("base"), "i2v": lambda b: b.transformer("i2v"), "switch": Builder.switch, "sugar": Builder.sugar}
 
 
 def build(args: argparse.Namespace) -> None:

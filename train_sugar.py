@@ -69,7 +69,8 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     return [Stage("real", 0.0), Stage("mixed", args.p, frozen=args.strategy == "tsf")]
 
 
-def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, null: Tensor, args: argparse.Namespace) -> tuple[Tensor, ...]:
+def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, null: Tensor,
+         args: argparse.Namespace) -> tuple[Tensor, ...]:
     """A training sample: x_0 and eps [T, 16, h, w], t, text or null, DINO and CLIP tokens and whether they are kept."""
     x_0 = vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
     drop_dino, drop_clip, drop_text = torch.rand(3, generator=g) < torch.tensor(
@@ -151,8 +152,8 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
         return "synthetic" if u < stage.p else "real", args.batch
 
     def loss_of(stream: str, positions: list[int]) -> Tensor:
-        samples = zip(*(draw(streams[stream][position], generator(args.seed, stage.name, stream, position), encoder.vae_config, null,
-                             args) for position in positions))
+        samples = zip(*(draw(streams[stream][position], generator(args.seed, stage.name, stream, position),
+                             encoder.vae_config, null, args) for position in positions))
         x_0, eps, t, text, dino, clip, keep_dino, keep_clip = (torch.stack(part).to(ranks.device) for part in samples)
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), dino=dino.to(dtype), clip=clip.to(dtype),
                                        keep_dino=keep_dino, keep_clip=keep_clip)
