@@ -27,9 +27,9 @@ def find(model: Path, part: str) -> Path:
     return checkpoint.part(model, part) or checkpoint.resolve(HUB[part])
 
 
-def load_network(folder: Path, kind: str, dtype: torch.dtype):
+def load_network(folder: Path, kind: str, dtype: torch.dtype, ignore: tuple[str, ...] = ()):
     """The network of class `kind` of transformers in `folder`, frozen. What the files lack is an error: transformers
-    itself would draw it at random."""
+    itself would draw it at random. ignore: beginnings of the names that may be lacking, as nothing uses them."""
     import transformers
 
     checkpoint.read_json(folder / "config.json")
@@ -40,8 +40,8 @@ def load_network(folder: Path, kind: str, dtype: torch.dtype):
         network, info = getattr(transformers, kind).from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # a config or a shape that does not fit: each class has its own way to be displeased
         raise BadInput(f"{folder} cannot be loaded as a {kind}: {' '.join(str(error).split())}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(ignore or ("\0",)))
+    if missing:
         raise BadInput(f"The weights in {folder} do not fit its config.json: {len(missing)} missing "
                        f"({checkpoint.some(missing)}).")
     return network.eval().requires_grad_(False)

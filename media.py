@@ -220,7 +220,7 @@ def read_video(file: Path) -> np.ndarray:
     done = ffmpeg("-loglevel", "error", "-i", str(file), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
     if not done.stdout or len(done.stdout) % (height * width * 3):
         raise BadInput(f"{file} cannot be read: {done.stderr.decode('utf-8', 'replace').strip() or 'it is cut short'}.")
-    return np.frombuffer(done.stdout, dtype=np.uint8).reshape(-1, height, width, 3)
+    return np.frombuffer(bytearray(done.stdout), dtype=np.uint8).reshape(-1, height, width, 3)  # not bytes: one may write to it
 
 
 # --- sheets -----------------------------------------------------------------------------------------------------------

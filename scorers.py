@@ -383,15 +383,22 @@ class Similarity:
         self.dino.network.to(device)
 
     @torch.no_grad()
+    def pictures(self, pictures: list[Image.Image]) -> Tensor:
+        """CLIP's features of pictures [N, D], of length 1."""
+        pixels = torch.stack([image_to_tensor(fit(picture, self.side, self.side, "crop")) for picture in pictures])
+        pixels = (((pixels + 1) / 2 - self.mean) / self.std).to(self.device)
+        return F.normalize(self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output), dim=-1)
+
+    @torch.no_grad()
+    def words(self, text: str) -> Tensor:
+        """CLIP's feature of a text [D], of length 1."""
+        length = self.clip.config.text_config.max_position_embeddings
+        ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(self.device)
+        return F.normalize(self.clip.text_projection(self.clip.text_model(**ids).pooler_output), dim=-1)[0]
+
     def text(self, pictures: list[Image.Image], text: str) -> list[float]:
         """CLIP's cosine of each picture and the text."""
-        pixels = torch.stack([image_to_tensor(fit(picture, self.side, self.side, "crop")) for picture in pictures])
-        pixels = ((pixels + 1) / 2 - self.mean) / self.std
-        length = self.clip.config.text_config.max_position_embeddings
-        words = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        words = words.to(self.device)
-        given = self.clip(pixel_values=pixels.to(self.device), input_ids=words.input_ids, attention_mask=words.attention_mask)
-        return (F.normalize(given.image_embeds, dim=-1) @ F.normalize(given.text_embeds, dim=-1).T)[:, 0].tolist()
+        return (self.pictures(pictures) @ self.words(text)).tolist()
 
     def features(self, pictures: list[Image.Image]) -> Tensor:
         """DINO's class tokens [N, D], of length 1."""

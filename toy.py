@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,16 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import distributed
+import evaluate
 import media
 import world
 from cache import stored_settings, write_cache
 from checkpoint import BadInput, name_base
-from data import Encoder, Stream, Toy, ToyTest, posterior_sample
+from data import Encoder, Stream, Toy, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
 from lora import Adapter, inject, lora_state_dict, read_adapter, save_adapter
 from model import Config, Transformer, init_sugar, load_transformer, save_tensors, save_transformer
-from pipeline import Request, Sampler
 from training import Options, exit_status, generator, train
 from vae import VAE, VAEConfig, save_vae
 
@@ -460,42 +459,6 @@ def build(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def score(folder: Path, count: int, device: str, work: Path) -> dict[str, dict[str, float]]:
-    """Means of the world's exact scores over `count` held-out subjects, each with a text, for base, Switch and SUGAR. The
-    texts of SUGAR ask for every look, the others' for the plain one."""
-    results = {}
-    for method, model, adapter in (("base", folder, None), ("switch", folder, folder / "switch"),
-                                   ("sugar", folder / "sugar", None)):
-        sampler = Sampler(str(model), adapter and str(adapter), device)
-        examples = ToyTest(seed=1, looks=tuple(world.LOOKS) if method == "sugar" else ("plain",))
-        requests, tests = [], []
-        for number in range(count):
-            example = examples[number]
-            image = media.on_white(example.image)
-            requests.append(Request(example.text, "", number, work / f"{number}.mp4", subject=example.noun,
-                                    reference=None if method == "base" else image))
-            tests.append(example)
-        settings = replace(sampler.defaults(), steps=25)
-        scores = []
-        for (_, video), example in zip(sampler.videos(requests, settings), tests):
-            scores.append(example.measure(media.video_to_frames(video)))
-        results[method] = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
-    return results
-
-
-def print_scores(results: dict[str, dict[str, float]], count: int) -> None:
-    columns = {"identity": "1/16", "motion": f"1/{len(world.MOTIONS)}", "background": f"1/{len(world.BACKGROUNDS)}",
-               "look": f"1/{len(world.LOOKS)}"}
-    print(f"\n{count} held-out subjects and texts\n\n| | {' | '.join(columns)} | pixels moved |\n|---|{'---|' * 5}")
-    for method, row in results.items():
-        print(f"| {method} | {' | '.join(f'{100 * row[name]:.0f}%' for name in columns)} | {row['movement']:.1f} |")
-    print(f"| chance | {' | '.join(columns.values())} | |")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["init", "build", "score"])
@@ -506,7 +469,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
     parser.add_argument("--device")
     args = parser.parse_args()
-    return exit_status(lambda: {"init": new, "build": build, "score": score_table}[args.command](args))
+    return exit_status(lambda: {"init": new, "build": build, "score": score}[args.command](args))
 
 
 def new(args: argparse.Namespace) -> None:
@@ -519,9 +482,16 @@ def new(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: untrained, its pixels mean nothing yet")
 
 
-def score_table(args: argparse.Namespace) -> None:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    print_scores(score(args.out, args.count, device, args.work), args.count)
+def score(args: argparse.Namespace) -> None:
+    """Base, Switch and SUGAR on held-out subjects, scored by evaluate.py. SUGAR's texts ask for every look."""
+    folders = {"base": ["--no-image", "--", "--model", args.out],
+               "switch": ["--", "--model", args.out, "--adapter", args.out / "switch"],
+               "sugar": ["--looks", "--", "--model", args.out / "sugar"]}
+    for method, more in folders.items():
+        command = ["generate", "--out", args.work / "score" / method, "--count", args.count, *more, "--steps", 25]
+        if evaluate.main([*map(str, command), *(["--device", args.device] if args.device else [])]):
+            raise BadInput(f"The videos of {method} could not be made.")
+    evaluate.main(["score", *(str(args.work / "score" / method) for method in folders), "--own", str(args.out)])
 
 
 if __name__ == "__main__":

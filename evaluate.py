@@ -1,0 +1,283 @@
+"""The papers' protocols: videos for their prompts, their scores, their tables.
+
+    python evaluate.py generate --set sugar --dreambench DIR --out runs/eval/sugar -- --model MODEL --omega-image 5
+    python evaluate.py score runs/eval/sugar --raft raft-things.pth --amt amt-s.pth --viclip ViClip-InternVid-10M-FLT.pth
+    python evaluate.py sheet runs/eval/sugar runs/eval/other
+
+Without --set, the toy's held-out subjects stand in, and its world's exact measures beside the learned scores. What stands after
+`--` goes to sample.py, which makes the videos: it goes on where it was stopped, and under torchrun shares them among ranks.
+
+    DIR/list.jsonl      what sample.py is asked for        DIR/scores.jsonl    the scores of each video
+    DIR/videos.jsonl    what each video was to show        DIR/scores.json     means and their confidence intervals
+    DIR/prompts.json    prompts by file, for VBench        DIR/table.md        beside the paper's own rows
+
+VBench scores the folder too: `vbench evaluate --mode custom_input --videos_path DIR --prompt_file DIR/prompts.json`.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import checkpoint
+import figures
+import media
+import prompts
+import sample
+import world
+from checkpoint import BadInput
+from data import ToyTest
+from readers import DreamBench
+from scores import PUBLISHED, TITLES, Scorers, bootstrap
+
+SETS = {  # which scores a paper prints, as a factor times the share, and its rows
+    "sugar": (("dino_i", "clip_t", "viclip", "dynamic", "subject", "background"), 1, {  # Table 1
+        "VideoBooth": (0.493, 0.266, 0.173, 0.512, 0.938, 0.960), "DreamVideo": (0.376, 0.296, 0.213, 0.722, 0.875, 0.937),
+        "Vidu-1.5": (0.654, 0.303, 0.237, 0.645, 0.928, 0.942), "T2I + DynamiCrafter": (0.660, 0.321, 0.260, 0.420, 0.970, 0.971),
+        "T2I + CogVideoX": (0.642, 0.323, 0.264, 0.325, 0.969, 0.967),
+        "SUGAR, both scales 7.5": (0.742, 0.311, 0.250, 0.608, 0.979, 0.983),
+        "SUGAR, 7.5 and 5": (0.723, 0.318, 0.262, 0.687, 0.976, 0.981),
+        "SUGAR, 7.5 and 2.5": (0.664, 0.329, 0.275, 0.772, 0.962, 0.974)}),
+    "switch": (("smoothness", "dynamic", "clip_t", "clip_i", "dino_i"), 100, {  # Table 1
+        "VideoBooth": (96.95, 51.67, 29.59, 66.06, 34.54), "OmniControl + I2V": (98.21, 51.67, 31.89, 72.58, 54.16),
+        "BLIP + I2V": (97.53, 49.17, 28.19, 79.29, 56.58), "IP-Adapter + I2V": (97.21, 55.83, 26.97, 73.86, 45.18),
+        "Switch": (98.72, 60.19, 32.24, 73.70, 59.29)}),
+    "toy": (("identity", "motion", "background_exact", "look", "movement", "dino_i", "clip_i", "clip_t", "dynamic"), 1, {
+        "chance": (1 / 16, 1 / len(world.MOTIONS), 1 / len(world.BACKGROUNDS), 1 / len(world.LOOKS), *[math.nan] * 5)}),
+}
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(args: argparse.Namespace) -> list[dict]:
+    """What is to be made: "name" of the video, "prompt", "noun", "subject", "kind", "image" and "seed"."""
+    if args.set == "toy":
+        return toy_rows(args)
+    if args.dreambench is None:
+        raise BadInput(f"--set {args.set} needs --dreambench, the folder of DreamBench's subjects.")
+    first = {}  # one photograph of each subject
+    for photograph in DreamBench(args.dreambench).photographs:
+        first.setdefault(photograph.subject, photograph)
+    rows = []
+    for number, photograph in enumerate(first.values()):
+        for text in prompts.SUGAR[photograph.kind] if args.set == "sugar" else prompts.SWITCH[photograph.noun]:
+            prompt = text.replace("sks", photograph.noun)
+            rows.append({"name": f"{prompt}-{number}", "prompt": prompt, "noun": photograph.noun, "subject": photograph.subject,
+                         "kind": photograph.kind, "image": str(photograph.file.resolve()), "seed": args.seed + len(rows)})
+    return rows
+
+
+def toy_rows(args: argparse.Namespace) -> list[dict]:
+    """Held-out subjects of the toy's world, portraits of which are written to DIR/images."""
+    looks, rows = tuple(world.LOOKS) if args.looks else ("plain",), []
+    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(args.count or 64):
+        example, image = ToyTest(args.seed, looks)[i], args.out / "images" / f"{i:04d}.png"
+        media.save_image(example.image, image)
+        rows.append({"name": f"{example.text}-{i}", "prompt": example.text, "noun": example.noun, "subject": f"{i:04d}",
+                     "kind": "toy", "image": str(image.resolve()), "seed": i, "toy": [args.seed, looks, i]})
+    return rows
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Writes the lists and lets sample.py make the videos."""
+    rows = rows_of(args)[: args.count]
+    args.out.mkdir(parents=True, exist_ok=True)
+    asked = [{"name": row["name"], "prompt": row["prompt"], "seed": row["seed"]} for row in rows]
+    if not args.no_image:
+        for line, row in zip(asked, rows):
+            line["image"] = row["image"]
+            if args.cut_out:
+                line["subject"] = row["noun"]
+    for name, lines in (("list.jsonl", asked), ("videos.jsonl", rows)):
+        with checkpoint.replace_when_whole(args.out / name) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (args.out / "prompts.json").write_text(json.dumps({f"{row['name']}.mp4": row["prompt"] for row in rows}, indent=1))
+    status = sample.main(["--prompts", str(args.out / "list.jsonl"), "--out", str(args.out), *args.sample])
+    if status:
+        raise SystemExit(status)
+
+
+# --- score ------------------------------------------------------------------------------------------------------------
+
+
+def read_lines(file: Path) -> list[dict]:
+    if not file.exists():
+        raise BadInput(f"There is no {file}: is {file.parent} what evaluate.py generate wrote?")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def check_complete(folder: Path, rows: list[dict]) -> None:
+    """Raises where videos and prompts do not match."""
+    wanted, there = {f"{row['name']}.mp4" for row in rows}, {file.name for file in folder.glob("*.mp4")}
+    if wanted != there:
+        parts = [f"{len(names)} {what} ({checkpoint.some(sorted(names))})" for what, names in
+                 (("without a video", wanted - there), ("videos without a prompt", there - wanted)) if names]
+        raise BadInput(f"{folder} has {len(rows)} prompts and {len(there)} videos: {', '.join(parts)}.")
+
+
+def exact_scores(frames: np.ndarray, seed: int, looks: list[str], number: int) -> dict[str, float]:
+    """What the world itself says of a video of ToyTest(seed, looks)[number]."""
+    found = ToyTest(seed, tuple(looks))[number].measure(frames)
+    return {("background_exact" if name == "background" else name): value for name, value in found.items()}
+
+
+def score(args: argparse.Namespace) -> None:
+    """Scores each folder's videos; those that scores.jsonl has already are not scored again."""
+    scorers = Scorers(args.device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
+                      args.amt, args.viclip)
+    tables = {}
+    for folder in args.folders:
+        rows = read_lines(folder / "videos.jsonl")
+        check_complete(folder, rows)
+        by = {**scorers.by, "toy": "exact"}
+        done = {line["name"]: line for line in read_lines(folder / "scores.jsonl")} if (folder / "scores.jsonl").exists() else {}
+        done = {name: line for name, line in done.items() if line["by"] == by}
+        with (folder / "scores.jsonl").open("a", encoding="utf-8") as file:
+            for row in tqdm([row for row in rows if row["name"] not in done], folder.name, unit="video", dynamic_ncols=True):
+                line = {"name": row["name"], "by": by, **score_one(folder, row, scorers, args.fps)}
+                done[row["name"]] = line
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+        tables[folder] = summarize(folder, rows, done, scorers, args.set)
+    print_table(tables, args.set, scorers)
+
+
+def score_one(folder: Path, row: dict, scorers: Scorers, fps: float) -> dict:
+    """Scores, or the reason why there are none."""
+    try:
+        frames = media.read_video(folder / f"{row['name']}.mp4")
+        if len(frames) == 1:
+            return {"unreadable": "it has one frame: neither motion nor consistency can be told"}
+        subject = media.on_white(media.open_image(row["image"]))
+        found = scorers(frames, fps, row["prompt"], subject)
+        if "toy" in row and len(frames) == world.FRAMES:
+            found |= exact_scores(frames, *row["toy"])
+    except BadInput as error:
+        return {"unreadable": str(error)}
+    return {"scores": found}
+
+
+def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Scorers, which: str) -> dict:
+    """scores.json: each score's mean and 95% interval over the videos, whose it is, what was not measured and why."""
+    lines = [done[row["name"]] for row in rows]
+    names = dict.fromkeys(name for line in lines for name in line.get("scores", {}))
+    means = {name: bootstrap([line["scores"].get(name, math.nan) for line in lines if "scores" in line]) for name in names}
+    summary = {"videos": len(rows), "means": {name: dict(zip(("mean", "low", "high"), value)) for name, value in means.items()},
+               "by": scorers.by, "not measured": scorers.missing,
+               "unreadable": {line["name"]: line["unreadable"] for line in lines if "unreadable" in line}}
+    with checkpoint.replace_when_whole(folder / "scores.json") as part:
+        part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with checkpoint.replace_when_whole(folder / "table.md") as part:
+        part.write_text(markdown({folder: summary}, which), encoding="utf-8")
+    return summary
+
+
+def markdown(tables: dict[Path, dict], which: str) -> str:
+    """A row for each folder, below the paper's own."""
+    names, factor, printed = SETS[which]
+    digits = 1 if factor == 100 else 3
+    number = lambda value: "" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    lines = ["| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {title} | " + " | ".join(map(number, row)) + " |" for title, row in printed.items()]
+    for folder, summary in tables.items():
+        cells = []
+        for name in names:
+            found = summary["means"].get(name)
+            cells.append("not measured" if found is None else f"**{number(factor * found['mean'])}** "
+                         f"[{number(factor * found['low'])}, {number(factor * found['high'])}]")
+        lines.append(f"| {folder.name} ({summary['videos']} videos) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def print_table(tables: dict[Path, dict], which: str, scorers: Scorers) -> None:
+    print("\n" + markdown(tables, which))
+    for name, reason in scorers.missing.items():
+        print(f"not measured: {TITLES[name]}: {reason}")
+    for name, by in scorers.by.items():
+        print(f"{TITLES[name]}: by {by}")
+    for folder, summary in tables.items():
+        for video, reason in summary["unreadable"].items():
+            print(f"{folder}: {video}: {reason}")
+
+
+# --- sheet ------------------------------------------------------------------------------------------------------------
+
+
+def sheet(args: argparse.Namespace) -> None:
+    """Methods side by side: FIRST/sheet.png with the frames, FIRST/sheet.gif playing, a row for each prompt."""
+    rows = read_lines(args.folders[0] / "videos.jsonl")[: args.count]
+    items, playing = [], []
+    for row in rows:
+        videos = []
+        for folder in args.folders:
+            file = folder / f"{row['name']}.mp4"
+            if not file.exists():
+                raise BadInput(f"{folder} has no video {row['name']}.mp4, which {args.folders[0]} has.")
+            videos.append(media.read_video(file))
+        subject = media.on_white(media.open_image(row["image"]))
+        stills = [Image.fromarray(video[i]) for video in videos for i in np.linspace(0, len(video) - 1, args.frames).round().astype(int)]
+        items.append(([subject, *stills], row["prompt"], True))
+        side_by_side = [np.concatenate([video[min(i, len(video) - 1)] for video in videos], axis=1)
+                        for i in range(max(map(len, videos)))]
+        playing.append((subject, row["prompt"], np.stack(side_by_side)))
+    media.save_image(figures.contact_sheet(items), args.folders[0] / "sheet.png")
+    media.save_sheet(playing, args.folders[0] / "playing", fps=args.fps)
+    print(f"wrote {args.folders[0] / 'sheet.png'} and {args.folders[0] / 'playing.gif'}: {', '.join(map(str, args.folders))}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", required=True)
+    g = commands.add_parser("generate", help="videos for a paper's prompts")
+    g.add_argument("--out", type=Path, required=True, help="folder of the videos")
+    g.add_argument("--set", choices=list(SETS), default="toy", help="whose subjects and prompts (default: %(default)s)")
+    g.add_argument("--dreambench", type=Path, help="DreamBench's folder: dataset/<subject>/NN.jpg")
+    g.add_argument("--count", type=int, help="of videos, the first ones (default: all; of the toy's 64)")
+    g.add_argument("--seed", type=int, default=1, help="default: %(default)s")
+    g.add_argument("--looks", action="store_true", help="toy: texts that ask for every look, not only the plain one")
+    g.add_argument("--cut-out", action="store_true", help="cut the subjects out of their photographs with Grounded SAM")
+    g.add_argument("--no-image", action="store_true", help="give no image: what a plain text-to-video model makes of the prompts")
+    s = commands.add_parser("score", help="the papers' scores, beside their tables")
+    s.add_argument("folders", nargs="+", type=Path)
+    s.add_argument("--set", choices=list(SETS), default="toy", help="whose table (default: %(default)s)")
+    s.add_argument("--own", type=Path, help="a checkpoint whose own CLIP and DINO stand in (the toy's: checkpoints/toy)")
+    for name, hub in PUBLISHED.items():
+        s.add_argument(f"--{name}", default=hub, help="folder or hub id (default: %(default)s)")
+    s.add_argument("--raft", type=Path, help="raft-things.pth; without it a classical estimator stands in")
+    s.add_argument("--amt", type=Path, help="amt-s.pth, whose licence forbids commercial use")
+    s.add_argument("--viclip", type=Path, help="ViClip-InternVid-10M-FLT.pth")
+    s.add_argument("--fps", type=float, default=8, help="of the videos (default: %(default)s)")
+    s.add_argument("--device", default="cpu", help="default: %(default)s")
+    t = commands.add_parser("sheet", help="methods side by side")
+    t.add_argument("folders", nargs="+", type=Path)
+    t.add_argument("--count", type=int, default=8, help="prompts, the first ones (default: %(default)s)")
+    t.add_argument("--frames", type=int, default=4, help="of each video (default: %(default)s)")
+    t.add_argument("--fps", type=float, default=8, help="of the playing sheet (default: %(default)s)")
+    argv = sys.argv[1:] if argv is None else argv
+    own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = p.parse_args(own)
+    args.sample = rest
+    if args.command == "score" and args.set == "toy":
+        args.own = args.own or Path("checkpoints/toy")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        {"generate": generate, "score": score, "sheet": sheet}[args.command](args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""What is scored and how: the formulas of VBench (dynamic degree, consistency) and of DreamBooth (DINO-I, CLIP-I, CLIP-T),
+on features of networks that scorers.py and its like provide. Frames are uint8 [F, H, W, 3].
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import checkpoint
+from encoders import image_settings, load_network
+from scorers import Flow, Similarity, flow_magnitude
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+PUBLISHED = {  # hub ids
+    "dino-b16": "facebook/dino-vitb16",  # VBench's subject consistency
+    "dino-s16": "facebook/dino-vits16",  # DreamBooth's DINO-I
+    "clip-b32": "openai/clip-vit-base-patch32",  # VBench's background consistency, DreamBooth's CLIP-I and CLIP-T
+}
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def consistency(features: Tensor) -> float:
+    """VBench's, of unit features [T, D] of T frames: from the second frame on, half of the cosine to the frame before and half
+    of that to the first, each at least 0; their mean. NaN for a single frame, which is consistent with nothing."""
+    if len(features) < 2:
+        return float("nan")
+    before = (features[1:] * features[:-1]).sum(dim=-1).clamp(min=0)
+    first = (features[1:] * features[:1]).sum(dim=-1).clamp(min=0)
+    return ((before + first) / 2).mean().item()
+
+
+def at_8_fps(frames: np.ndarray, fps: float) -> np.ndarray:
+    """The frames that dynamic degree looks at."""
+    return frames[:: max(1, round(fps / 8))]
+
+
+def moves(frames: np.ndarray, fps: float, magnitudes: Callable[[np.ndarray], np.ndarray]) -> float:
+    """VBench's dynamic degree of one video, 1 or 0: does the fastest 5% of the pixels move by more than 6 of 256 pixels between
+    enough pairs of frames, 4 of 16? NaN for a single frame. magnitudes: frames [T, H, W, 3] -> [T - 1], in pixels."""
+    frames = at_8_fps(frames, fps)
+    if len(frames) < 2:
+        return float("nan")
+    threshold, enough = 6 * min(frames.shape[1:3]) / 256, round(4 * len(frames) / 16)
+    return float((magnitudes(frames) > threshold).sum() >= enough)
+
+
+def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean, and the bounds of the percentile bootstrap's confidence interval. What is not a number is left out."""
+    known = np.asarray([value for value in values if np.isfinite(value)])
+    if not len(known):
+        return (float("nan"),) * 3
+    rng = np.random.default_rng(seed)
+    means = known[rng.integers(len(known), size=(resamples, len(known)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(known.mean()), float(low), float(high)
+
+
+# --- published networks -----------------------------------------------------------------------------------------------
+
+
+def normalized(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """[B, 3, H, W] in 0..1 -> with the networks' mean and deviation."""
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def resized(frames: np.ndarray, side: int, mode: str) -> Tensor:
+    """[T, 3, h, w] in 0..1, the shorter side at `side`, without antialiasing, as VBench does it on float tensors."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255
+    height, width = pixels.shape[-2:]
+    size = (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+    return F.interpolate(pixels, size, mode=mode, align_corners=False)
+
+
+def centre(pixels: Tensor, side: int) -> Tensor:
+    top, left = round((pixels.shape[-2] - side) / 2), round((pixels.shape[-1] - side) / 2)
+    return pixels[..., top : top + side, left : left + side]
+
+
+class DINO:
+    """DINO's ViT: unit class tokens."""
+
+    def __init__(self, name: str, device="cpu"):
+        self.device, folder = device, checkpoint.resolve(name)
+        self.vit = load_network(folder, "ViTModel", torch.float32, ignore=("pooler.",)).to(device)
+        self.vit.embeddings.interpolate_pos_encoding = self.positions
+
+    def positions(self, embeddings: Tensor, height: int, width: int) -> Tensor:
+        """Position embeddings for another size, interpolated as the authors' code does it, by a factor that is a tenth of a
+        patch too large: transformers' own go to the exact size and differ a little."""
+        known, patch = self.vit.embeddings.position_embeddings, self.vit.config.patch_size
+        n = round((known.shape[1] - 1) ** 0.5)
+        rows, columns = height // patch, width // patch
+        if rows == columns == n:
+            return known
+        grid = known[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=((rows + 0.1) / n, (columns + 0.1) / n), mode="bicubic")
+        return torch.cat([known[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """pixels [T, 3, H, W] in 0..1 -> [T, D]"""
+        pixels = normalized(pixels, *IMAGENET).to(self.device)
+        tokens = self.vit(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+        return F.normalize(tokens[:, 0], dim=-1).cpu()
+
+
+class CLIP:
+    """CLIP: unit features of pictures and texts."""
+
+    def __init__(self, name: str, device="cpu"):
+        from transformers import AutoTokenizer
+
+        self.device, folder = device, checkpoint.resolve(name)
+        self.network = load_network(folder, "CLIPModel", torch.float32).to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.side, *self.statistics = image_settings(folder)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """pixels [T, 3, side, side] in 0..1 -> [T, D]"""
+        pixels = normalized(pixels, *self.statistics).to(self.device)
+        return F.normalize(self.network.visual_projection(self.network.vision_model(pixels).pooler_output), dim=-1).cpu()
+
+    @torch.no_grad()
+    def text(self, text: str) -> Tensor:
+        """[D]"""
+        ids = self.tokenizer([text], padding=True, truncation=True, return_tensors="pt").to(self.device)
+        return F.normalize(self.network.text_projection(self.network.text_model(**ids).pooler_output), dim=-1)[0].cpu()
+
+
+def pictures(images: list[Image.Image], side: int) -> Tensor:
+    """Still pictures for DINO-I, CLIP-I and CLIP-T: the shorter side resized to `side`, bicubic and antialiased, the middle
+    cut out: [N, 3, side, side] in 0..1."""
+    fitted = []
+    for image in images:
+        scale = side / min(image.size)
+        image = image.convert("RGB").resize([max(round(length * scale), side) for length in image.size], Image.Resampling.BICUBIC)
+        fitted.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+    return torch.stack([centre(picture, side) for picture in fitted])
+
+
+# --- all of them, for one video ---------------------------------------------------------------------------------------
+
+
+TITLES = {  # a score's name, and what tables call it; higher is better for all of them
+    "dino_i": "DINO-I", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "viclip": "ViCLIP", "dynamic": "Dynamic degree",
+    "smoothness": "Motion smoothness", "subject": "Subject consistency", "background": "Background consistency",
+    "identity": "identity (exact)", "motion": "motion (exact)", "background_exact": "background (exact)", "look": "look (exact)",
+    "movement": "pixels moved (exact)",
+}
+
+
+class Scorers:
+    """The networks that are there, and in `missing`, for each score that lacks one, what it needs; `by` says whose a score is.
+
+    own: a checkpoint whose own CLIP and DINO stand in for the published ones (the toy's). raft, amt, viclip: published weights.
+    """
+
+    def __init__(self, device="cpu", own: Path | None = None, published: dict[str, str] | None = None, raft: Path | None = None,
+                 amt: Path | None = None, viclip: Path | None = None):
+        self.device, self.missing, self.by = device, {}, {}
+        self.of: dict[str, Callable] = {}  # features: of frames or pictures, unit vectors [T, D]; of texts, [D]
+        names = {**PUBLISHED, **(published or {})}
+        if own is not None:
+            likeness = Similarity(own, device)
+            stack = lambda frames: [Image.fromarray(frame) for frame in frames]
+            self.of |= {"subject": lambda frames: likeness.features(stack(frames)).cpu(), "text": lambda text: likeness.words(text).cpu(),
+                        "background": lambda frames: likeness.pictures(stack(frames)).cpu(),
+                        "dino": lambda images: likeness.features(images).cpu(), "clip": lambda images: likeness.pictures(images).cpu()}
+            self.by |= {score: f"{own}'s own" for score in ("dino_i", "clip_i", "clip_t", "subject", "background")}
+        else:
+            self.try_to(("subject",), names["dino-b16"], lambda: self.use_dino("subject", names["dino-b16"]))
+            self.try_to(("dino_i",), names["dino-s16"], lambda: self.use_dino("dino", names["dino-s16"]))
+            self.try_to(("clip_i", "clip_t", "background"), names["clip-b32"], lambda: self.use_clip(names["clip-b32"]))
+        flow = Flow(raft, device)
+        self.of["flow"], self.by["dynamic"] = lambda frames: flow_magnitude(frames, flow), flow.name
+        self.try_to(("smoothness",), "AMT-S", lambda: self.use_amt(amt))
+        self.try_to(("viclip",), "ViCLIP", lambda: self.use_viclip(viclip))
+
+    def try_to(self, scores: tuple[str, ...], by: str, use: Callable[[], None]) -> None:
+        """Loads a network, or notes what is missing and goes on."""
+        try:
+            use()
+        except checkpoint.BadInput as error:
+            self.missing |= {score: str(error) for score in scores}
+        else:
+            self.by |= {score: by for score in scores}
+
+    def use_dino(self, part: str, name: str) -> None:
+        dino = DINO(name, self.device)
+        self.of[part] = (lambda frames: dino(resized(frames, 224, "bilinear"))) if part == "subject" else (
+            lambda images: dino(pictures(images, 224)))
+
+    def use_clip(self, name: str) -> None:
+        clip = CLIP(name, self.device)
+        self.of |= {"clip": lambda images: clip(pictures(images, clip.side)), "text": clip.text,
+                    "background": lambda frames: clip(centre(resized(frames, clip.side, "bicubic"), clip.side))}
+
+    def use_amt(self, weights: Path | None) -> None:
+        from amt import load_amt, motion_smoothness
+
+        if weights is None:
+            raise checkpoint.BadInput("it needs AMT-S's published weights: --amt amt-s.pth (their licence forbids commercial use)")
+        network = load_amt(weights).to(self.device)
+        self.of["smoothness"] = lambda frames: motion_smoothness(frames, network, self.device)
+
+    def use_viclip(self, weights: Path | None) -> None:
+        if weights is None:
+            raise checkpoint.BadInput("it needs ViCLIP's published weights: --viclip ViClip-InternVid-10M-FLT.pth")
+        from viclip import load_viclip
+
+        network = load_viclip(weights).to(self.device)
+        self.of["viclip"] = network.overall_consistency
+
+    def __call__(self, frames: np.ndarray, fps: float, text: str, subject: Image.Image | None) -> dict[str, float]:
+        """The scores of one video: cosines, and shares of 1."""
+        of, found, images = self.of, {}, [Image.fromarray(frame) for frame in frames]
+        found["dynamic"] = moves(frames, fps, of["flow"])
+        for part in ("subject", "background"):
+            if part in of:
+                found[part] = consistency(of[part](frames))
+        if "dino" in of and subject is not None:
+            found["dino_i"] = (of["dino"](images) @ of["dino"]([subject])[0]).mean().item()
+        if "clip" in of:
+            many = of["clip"](images)
+            found["clip_t"] = (many @ of["text"](text)).mean().item()
+            if subject is not None:
+                found["clip_i"] = (many @ of["clip"]([subject])[0]).mean().item()
+        if "smoothness" in of:
+            found["smoothness"] = of["smoothness"](frames)
+        if "viclip" in of:
+            found["viclip"] = of["viclip"](frames, text)
+        return found

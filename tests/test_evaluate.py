@@ -1,0 +1,233 @@
+"""The papers' scores beside hand-computed clips and transformers itself; the protocol from prompts to table."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import evaluate
+import media
+import prompts
+import scores
+import toy
+import world
+from checkpoint import BadInput
+from data import ToyTest
+from readers import CLASSES
+from scores import CLIP, DINO, Scorers, bootstrap, consistency, moves, pictures, resized
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "toy"
+    toy.init(folder)
+    return folder
+
+
+def texture(seed: int, height: int = 64, width: int = 96) -> np.ndarray:
+    """A smooth random picture, uint8 [height, width, 3]."""
+    coarse = torch.rand(1, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(seed))
+    return (255 * F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)[0].permute(1, 2, 0)).byte().numpy()
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def test_consistency_by_hand():
+    angles = torch.tensor([0.0, 0.3, 0.9, 2.5])  # features on a circle: a cosine is that of the difference of angles
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    cos = lambda x: max(np.cos(x), 0)
+    by_hand = [(cos(0.3) + cos(0.3)) / 2, (cos(0.6) + cos(0.9)) / 2, (cos(1.6) + cos(2.5)) / 2]
+    assert consistency(features) == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert consistency(features[:1].repeat(5, 1)) == pytest.approx(1) and np.isnan(consistency(features[:1]))
+
+
+@pytest.mark.parametrize("frames,fps,moving,expected", [
+    (9, 8, 2, 1), (9, 8, 1, 0),  # round(9 / 4) = 2 pairs must move
+    (10, 8, 2, 1), (10, 8, 1, 0),  # round(2.5) is 2: half to even
+    (14, 8, 4, 1), (14, 8, 3, 0),  # round(3.5) is 4
+    (18, 16, 2, 1), (18, 16, 1, 0),  # every second frame: 9 are left
+    (49, 8, 12, 1), (49, 8, 11, 0)])
+def test_enough_pairs_must_move(frames, fps, moving, expected):
+    seen = []
+
+    def magnitudes(few):
+        seen.append(len(few))
+        threshold = 6 * 48 / 256
+        return np.array([threshold + 0.01] * moving + [threshold] * (len(few) - 1 - moving))
+
+    assert moves(np.zeros((frames, 48, 64, 3), np.uint8), fps, magnitudes) == expected
+    assert seen == [len(range(0, frames, max(1, round(fps / 8))))]
+
+
+def test_a_still_clip_does_not_move_and_a_moving_one_does(seed):
+    large = texture(seed, 128, 160)
+    still = np.repeat(large[None, :64, :96], 9, axis=0)
+    moving = np.stack([large[4 * i : 64 + 4 * i, 3 * i : 96 + 3 * i] for i in range(9)])  # 5 pixels a frame, 1.5 would do
+    from scorers import Flow, flow_magnitude
+
+    flow = Flow()
+    found = [moves(clip, 8, lambda frames: flow_magnitude(frames, flow)) for clip in (still, moving, moving[:1])]
+    assert found[:2] == [0, 1] and np.isnan(found[2])
+
+
+def test_the_bootstrap_is_the_normal_interval_for_many_values(seed):
+    values = np.random.default_rng(seed).normal(3, 2, 400)
+    mean, low, high = bootstrap(list(values) + [float("nan")])
+    assert mean == pytest.approx(values.mean())
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.12) and low < mean < high
+    assert bootstrap([0.5] * 10) == (0.5, 0.5, 0.5) and np.isnan(bootstrap([float("nan")])[0])
+
+
+# --- networks beside transformers -------------------------------------------------------------------------------------
+
+
+def test_dino_is_transformers_and_positions_are_the_authors(tmp_path, seed):
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=16)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)  # as the hub's: no pooler
+    ours, theirs = DINO(str(tmp_path)), ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    pixels = torch.rand(2, 3, 64, 64)
+    statistics = [torch.tensor(x).view(3, 1, 1) for x in scores.IMAGENET]
+    normal = (pixels - statistics[0]) / statistics[1]
+    with torch.no_grad():
+        expected = F.normalize(theirs(pixel_values=normal).last_hidden_state[:, 0], dim=-1)
+        assert (ours(pixels) - expected).norm() < 1e-5 * expected.norm()
+        wide = torch.rand(1, 3, 64, 96)
+        near = F.normalize(theirs(pixel_values=(wide - statistics[0]) / statistics[1],
+                                  interpolate_pos_encoding=True).last_hidden_state[:, 0], dim=-1)
+    found = ours(wide)
+    assert 0 < (found - near).norm() < 0.2  # not transformers' positions, but not far from them
+    # The authors' formula, written out: a grid of 4 x 4 becomes 4 x 6, by the factors 4.1 / 4 and 6.1 / 4.
+    known = ours.vit.embeddings.position_embeddings
+    grid = F.interpolate(known[0, 1:].T.view(1, 32, 4, 4), scale_factor=(4.1 / 4, 6.1 / 4), mode="bicubic")
+    assert torch.equal(ours.positions(None, 64, 96)[0, 1:], grid[0].flatten(1).T)
+    assert torch.equal(ours.positions(None, 64, 64), known)
+
+
+def test_clip_is_transformers(base, seed):
+    from transformers import AutoTokenizer, CLIPModel
+
+    ours, theirs = CLIP(str(base / "clip")), CLIPModel.from_pretrained(base / "clip", dtype=torch.float32).eval()
+    pixels, text = torch.rand(3, 3, ours.side, ours.side), "a golden creature in the snow"
+    words = AutoTokenizer.from_pretrained(base / "clip")([text], return_tensors="pt")
+    with torch.no_grad():
+        given = theirs(pixel_values=(pixels - 0.5) / 0.5, **words)
+    assert (ours(pixels) - given.image_embeds).norm() < 1e-5 * given.image_embeds.norm()
+    assert (ours.text(text) - given.text_embeds[0]).norm() < 1e-5 * given.text_embeds.norm()
+
+
+def test_pictures_are_resized_by_their_shorter_side():
+    frames = np.zeros((2, 40, 80, 3), np.uint8)
+    frames[:, :, 40:] = 255
+    assert resized(frames, 20, "bilinear").shape == (2, 3, 20, 40)
+    middle = pictures([Image.fromarray(frames[0])], 20)
+    assert middle.shape == (1, 3, 20, 20) and middle[..., :8].max() < 0.02 and middle[..., 12:].min() > 0.98
+
+
+# --- the protocol -----------------------------------------------------------------------------------------------------
+
+
+def dreambench(folder: Path) -> Path:
+    """30 subjects: as many of each class as DreamBench has."""
+    counts = {"dog": 7, "cat": 2, "stuffed animal": 3, "toy": 5, "cartoon": 1, "backpack": 2, "sneaker": 2}
+    lines, nouns = [], [noun for kind in CLASSES.values() for noun in kind]
+    for noun in nouns:
+        for i in range(counts.get(noun, 1)):
+            subject = f"{noun.replace(' ', '_')}{i}"
+            (folder / "dataset" / subject).mkdir(parents=True)
+            Image.new("RGB", (32, 32), "red").save(folder / "dataset" / subject / "00.jpg")
+            lines.append(f"{subject},{noun}")
+    (folder / "dataset" / "prompts_and_classes.txt").write_text("subject_name,class\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("which,count", [("sugar", 540), ("switch", 120)])
+def test_the_papers_pairs(which, count, tmp_path):
+    args = evaluate.parse(["generate", "--set", which, "--dreambench", str(dreambench(tmp_path)), "--out", str(tmp_path / "out")])
+    rows = evaluate.rows_of(args)
+    assert len(rows) == count == len({row["name"] for row in rows}) and len({row["subject"] for row in rows}) == 30
+    assert all("sks" not in row["prompt"] and row["noun"] in row["prompt"] and "/" not in row["name"] for row in rows)
+    assert all(re.sub(r"-\d+$", "", row["name"]) == row["prompt"] for row in rows)  # how VBench reads a prompt off a name
+    assert all(len(row["name"].encode()) < 200 for row in rows)
+
+
+def test_prompts_are_whole():
+    assert all(len(set(texts)) == 18 and all("sks" in text for text in texts) for texts in prompts.SUGAR.values())
+    assert {kind: sum(k == kind for k, _ in prompts.RESTORED) for kind in CLASSES} == {"animal": 0, "active object": 5, "static object": 3}
+
+
+def truth(folder: Path, count: int, looks, seed: int, render) -> Path:
+    """A folder as generate leaves it, with videos that render(example) makes."""
+    args = evaluate.parse(["generate", "--out", str(folder), "--count", str(count), "--seed", str(seed), *(["--looks"] if looks else [])])
+    rows = evaluate.rows_of(args)
+    (folder / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i, row in enumerate(rows):
+        media.save_video(render(ToyTest(seed, tuple(world.LOOKS) if looks else ("plain",))[i]), folder / f"{row['name']}.mp4", 8, {})
+    return folder
+
+
+def test_true_clips_score_at_the_top_and_noise_at_the_bottom(base, tmp_path, seed, capsys):
+    rng = np.random.default_rng(seed)
+    good = truth(tmp_path / "good", 4, True, seed, lambda example: example.video)
+    bad = truth(tmp_path / "bad", 4, True, seed, lambda example: rng.integers(0, 256, example.video.shape, dtype=np.uint8))
+    assert evaluate.main(["score", str(good), str(bad), "--own", str(base)]) == 0
+    said = capsys.readouterr().out
+    means = [json.loads((folder / "scores.json").read_text())["means"] for folder in (good, bad)]
+    assert all(means[0][name]["mean"] >= 0.75 for name in ("identity", "motion", "background_exact", "look"))
+    assert np.mean([means[1][name]["mean"] for name in ("identity", "motion", "background_exact", "look")]) < 0.5
+    assert "| good (4 videos) | **" in said and "not measured: ViCLIP: it needs" in said and "classical pyramidal flow" in said
+    # A second time nothing is scored again; a video that is missing, or one too many, is named.
+    before = (good / "scores.jsonl").read_text()
+    assert evaluate.main(["score", str(good), "--own", str(base)]) == 0 and (good / "scores.jsonl").read_text() == before
+    next(good.glob("*.mp4")).rename(good / "stranger.mp4")
+    assert evaluate.main(["score", str(good), "--own", str(base)]) == 2
+    assert re.search(r"has 4 prompts and 4 videos: 1 without a video \(.*\.mp4\), 1 videos without a prompt \(stranger.mp4\)", capsys.readouterr().err)
+
+
+def test_a_still_clip_is_consistent_and_unreadable_ones_are_listed(base, tmp_path, capsys):
+    folder = truth(tmp_path / "videos", 3, False, 1, lambda example: np.repeat(example.video[:1], 9, axis=0))
+    one, two, _ = sorted(folder.glob("*.mp4"))
+    one.write_bytes(one.read_bytes()[:200])
+    media.save_video(np.zeros((1, 64, 64, 3), np.uint8), two, 8, {})
+    assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
+    summary, said = json.loads((folder / "scores.json").read_text()), capsys.readouterr().out
+    assert len(summary["unreadable"]) == 2 and "one frame" in summary["unreadable"][two.stem] and one.stem in said
+    assert summary["means"]["subject"]["mean"] == pytest.approx(1, abs=1e-3) and summary["means"]["dynamic"]["mean"] == 0
+
+
+def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
+    out = tmp_path / "switch"
+    more = ["--", "--model", str(base), "--adapter", str(base / "switch"), "--steps", "2", "--device", "cpu"]
+    assert evaluate.main(["generate", "--out", str(out), "--count", "2", *more]) == 0
+    assert evaluate.main(["generate", "--out", str(out), "--count", "2", *more]) == 0  # there is nothing left to do
+    assert "2 videos are already there" in capsys.readouterr().out
+    assert evaluate.main(["score", str(out), "--own", str(base)]) == 0
+    names = [line["name"] for line in map(json.loads, (out / "scores.jsonl").read_text().splitlines())]
+    assert json.loads((out / "prompts.json").read_text()).keys() == {f"{name}.mp4" for name in names}
+    assert (out / "table.md").read_text().count("\n") == 4
+    assert evaluate.main(["sheet", str(out), str(out), "--count", "2", "--frames", "3"]) == 0
+    assert Image.open(out / "sheet.png").height > 150 and Image.open(out / "playing.gif").n_frames > 1
+
+
+def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
+    def resolve(name):
+        raise BadInput(f"{name} is not here")
+
+    monkeypatch.setattr(scores.checkpoint, "resolve", resolve)
+    scorers = Scorers()
+    assert scorers.missing.keys() == {"dino_i", "clip_i", "clip_t", "subject", "background", "smoothness", "viclip"}
+    assert "facebook/dino-vits16 is not here" in scorers.missing["dino_i"] and "licence" in scorers.missing["smoothness"]
+    assert scorers(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == {"dynamic": 0}
+
+
+def test_bad_input(tmp_path, capsys):
+    assert evaluate.main(["generate", "--set", "sugar", "--out", str(tmp_path)]) == 2
+    assert "--set sugar needs --dreambench" in capsys.readouterr().err
+    assert evaluate.main(["score", str(tmp_path / "nowhere"), "--own", str(tmp_path)]) == 2
