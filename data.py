@@ -111,7 +111,8 @@ class Encoder:
     """
 
     def __init__(self, model: Path, cls: str, text_length: int, device, sugar: bool = False, reference_frames: int = 4):
-        self.model, self.device, weights = model, torch.device(device), checkpoint.need(model, "transformer")
+        self.model, self.device = model, torch.device(device)
+        weights = checkpoint.part(model, "transformer") or checkpoint.need(model, "vae")  # the toy's base is yet to be trained
         self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)  # as for sampling
         self.cls, self.text_length, self.sugar, self.reference_frames = cls, text_length, sugar, reference_frames
         self.vae_config = read_config(checkpoint.need(model, "vae"))

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from encoders import Tokenizer
 from lora import Adapter, inject, lora_state_dict, read_adapter, save_adapter
 from model import Config, Transformer, init_sugar, load_transformer, save_tensors, save_transformer
 from training import Options, exit_status, generator, train
-from vae import VAE, VAEConfig, save_vae
+from vae import VAE, VAEConfig, load_vae, save_vae
 
 TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 24  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
 SIDE, PATCH = 48, 12  # pixels of the image encoders' input and of their patches
@@ -235,19 +235,21 @@ class CLIPTask(nn.Module):
 
 
 class VAETask(nn.Module):
-    """Reconstruction by absolute error, of edges too, and a trace of the KL divergence that keeps the latents together."""
+    """Reconstruction, of edges too, and a trace of the KL divergence that keeps the latents together. First by absolute error;
+    then by Huber's, which lets go of what is nearly right, the backgrounds, and heeds what is not, the subjects that move."""
 
-    def __init__(self):
+    def __init__(self, moving: bool = False):
         super().__init__()
-        self.vae = new_vae()
+        self.vae, self.moving = new_vae(), moving
 
     def forward(self, video: Tensor, noise: Tensor) -> Tensor:
         """video [B, 3, F, H, W], noise like its latents -> loss."""
         mean, std = self.vae.encode(video.to(self.vae.encoder.conv_in.conv.weight.dtype))
         out = self.vae.decode(mean + std * noise.to(mean)).float()
-        edges = sum((out.diff(dim=d) - video.diff(dim=d)).abs().mean() for d in (-1, -2))
+        far = partial(F.smooth_l1_loss, beta=0.2) if self.moving else F.l1_loss
         kl = 0.5 * (mean.float().square() + std.float().square() - 2 * std.float().log() - 1).mean()
-        return (out - video).abs().mean() + edges + 1e-3 * kl
+        edges = sum(far(out.diff(dim=d), video.diff(dim=d)) for d in (-1, -2))
+        return far(out, video) + edges + (1e-4 if self.moving else 1e-3) * kl
 
 
 class Builder:
@@ -341,24 +343,28 @@ class Builder:
         weights = self.fit("clip", model, [], 3000, 1e-3, lambda step: ("captions", 64), loss_of)
         self.finish(CLIPTask(), weights, lambda task: save_half(task.network, self.folder / "clip"))
 
-    def vae(self) -> None:
-        """Single frames every other step, as they cost a third; clips teach time."""
-        model = VAETask().to(self.ranks.device)
+    def vae(self, moving: bool = False) -> None:
+        """Single frames every other step, as they cost a third; clips teach time. moving: from there on, clips alone."""
+        model = VAETask(moving).to(self.ranks.device)
+        if moving:
+            model.vae.load_state_dict(load_vae(self.folder / "vae").state_dict())
 
         def plan(step: int) -> tuple[str, int]:
-            return ("clips", 2) if step % 2 else ("frames", 8)
+            return ("clips", 2) if step % 2 or moving else ("frames", 8)
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
             videos = []
             for position in positions:
-                video = world.sample_video(self.rng("vae" + stream, position), looks=tuple(world.LOOKS))["video"]
+                rng = self.rng(("moving" if moving else "vae") + stream, position)
+                video = world.sample_video(rng, looks=tuple(world.LOOKS))["video"]
                 videos.append(video[:1] if stream == "frames" else video)
             video = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).to(self.ranks.device).float() / 127.5 - 1
             T = (video.shape[2] - 1) // 4 + 1
             noise = torch.randn(len(videos), 16, T, 8, 8, generator=generator(self.seed, stream, positions[0]))
             return model(video, noise.to(self.ranks.device))
 
-        weights = self.fit("vae", model, [], 10000, 2e-3, plan, loss_of, torch.bfloat16)
+        weights = self.fit("vae_moving" if moving else "vae", model, [], 8000 if moving else 10000, 1e-3 if moving else 2e-3, plan,
+                           loss_of, torch.bfloat16)
         self.finish(VAETask(), weights, self.save_scaled_vae)
 
     @torch.no_grad()
@@ -442,6 +448,7 @@ class Builder:
 
 
 STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino, "vae": Builder.vae,
+          "vae_moving": lambda b: b.vae(moving=True),
           "base": lambda b: b.transformer("base"), "i2v": lambda b: b.transformer("i2v"), "switch": Builder.switch, "sugar": Builder.sugar}
 
 
