@@ -3,6 +3,7 @@
     python evaluate.py generate --set sugar --dreambench DIR --out runs/eval/sugar -- --model MODEL --omega-image 5
     python evaluate.py score runs/eval/sugar --raft raft-things.pth --amt amt-s.pth --viclip ViClip-InternVid-10M-FLT.pth
     python evaluate.py sheet runs/eval/sugar runs/eval/other
+    python evaluate.py ablate switch-strategy            a paper's ablation on the toy
 
 Without --set, the toy's held-out subjects stand in, and its world's exact measures beside the learned scores. What stands after
 `--` goes to sample.py, which makes the videos: it goes on where it was stopped, and under torchrun shares them among ranks.
@@ -232,6 +233,16 @@ def sheet(args: argparse.Namespace) -> None:
     print(f"wrote {args.folders[0] / 'sheet.png'} and {args.folders[0] / 'playing.gif'}: {', '.join(map(str, args.folders))}")
 
 
+def ablate(args: argparse.Namespace) -> None:
+    import ablations  # it stands on this file
+
+    if args.name not in ablations.ABLATIONS:
+        raise BadInput(f"There is no ablation {args.name}; there are {', '.join(ablations.ABLATIONS)}.")
+    if args.seeds < 1 or args.count < 1:
+        raise BadInput(f"--seeds {args.seeds} and --count {args.count}: choose 1 or more.")
+    ablations.ablate(args)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
@@ -260,6 +271,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t.add_argument("--count", type=int, default=8, help="prompts, the first ones (default: %(default)s)")
     t.add_argument("--frames", type=int, default=4, help="of each video (default: %(default)s)")
     t.add_argument("--fps", type=float, default=8, help="of the playing sheet (default: %(default)s)")
+    a = commands.add_parser("ablate", help="a paper's ablation on the toy: see ablations.py")
+    a.add_argument("name", metavar="NAME", help="switch-strategy, sugar-design, ...; an unknown one lists them all")
+    a.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: %(default)s")
+    a.add_argument("--model", type=Path, default=Path("checkpoints/toy"), help="the toy (default: %(default)s)")
+    a.add_argument("--seeds", type=int, default=3, help="trainings of each variant (default: %(default)s)")
+    a.add_argument("--count", type=int, default=64, help="videos of each training (default: %(default)s)")
+    a.add_argument("--train", default="", help="more flags for all trainings, such as '--steps 1000'")
+    a.add_argument("--sampling-steps", type=int, default=25, help="default: %(default)s")
+    a.add_argument("--quick", action="store_true", help="everything once, in minutes; there is no verdict")
+    a.add_argument("--device", help="default: cuda where there is one, else cpu")
     argv = sys.argv[1:] if argv is None else argv
     own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = p.parse_args(own)
@@ -272,7 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        {"generate": generate, "score": score, "sheet": sheet}[args.command](args)
+        {"generate": generate, "score": score, "sheet": sheet, "ablate": ablate}[args.command](args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

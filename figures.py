@@ -67,3 +67,73 @@ def stacked(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
         page.paste(picture, (0, top))
         top += picture.height + gap
     return page
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+COLOURS = [(31, 119, 180), (214, 96, 40), (46, 140, 80), (170, 60, 120), (120, 100, 60), (90, 90, 200), (20, 150, 150), (190, 150, 20)]
+Interval = tuple[float, float, float]  # mean, and the bounds of its confidence interval
+
+
+def axis(low: float, high: float) -> tuple[float, float]:
+    """A range with some air, that is never empty."""
+    air = 0.08 * (high - low) or 0.05
+    return low - air, high + air
+
+
+def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, title: str, width: int = 560,
+            height: int = 420) -> Image.Image:
+    """A line of points for each name, with intervals in both directions, as the papers' trade-off figures."""
+    image = Image.new("RGB", (width, height), "white")
+    draw, left, right, top, bottom = ImageDraw.Draw(image), 70, width - 20, 40, height - 60
+    every = [point for line in points.values() for point in line]
+    finite = lambda values: [value for value in values if np.isfinite(value)] or [0.0]
+    ranges = [axis(min(finite(p[i][1] for p in every)), max(finite(p[i][2] for p in every))) for i in (0, 1)]
+    place = lambda value, i: (left + (value - ranges[0][0]) / (ranges[0][1] - ranges[0][0]) * (right - left) if i == 0 else
+                              bottom - (value - ranges[1][0]) / (ranges[1][1] - ranges[1][0]) * (bottom - top))
+    draw.text((left, 12), title, fill=INK, font=font(15))
+    draw.rectangle((left, top, right, bottom), outline=INK)
+    for i, name in enumerate((x, y)):
+        for value in np.linspace(*ranges[i], 5):
+            at = (place(value, 0), bottom + 4) if i == 0 else (left - 6, place(value, 1))
+            draw.text(at, f"{value:.2f}", fill=INK, font=font(11), anchor="mt" if i == 0 else "rm")
+        draw.text(((left + right) / 2, height - 30) if i == 0 else (6, 28), name, fill=INK, font=font(), anchor="mt" if i == 0 else "lm")
+    for number, (name, line) in enumerate(points.items()):
+        colour, middles = COLOURS[number % len(COLOURS)], []
+        for one, two in line:
+            if not np.isfinite([*one, *two]).all():
+                continue
+            at = place(one[0], 0), place(two[0], 1)
+            draw.line((place(one[1], 0), at[1], place(one[2], 0), at[1]), fill=colour)
+            draw.line((at[0], place(two[1], 1), at[0], place(two[2], 1)), fill=colour)
+            draw.ellipse((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4), fill=colour)
+            middles.append(at)
+        if len(middles) > 1:
+            draw.line(middles, fill=colour, width=2)
+        if middles:
+            draw.text((middles[-1][0] + 7, middles[-1][1] - 7), name, fill=colour, font=font(12), anchor="ls")
+    return image
+
+
+def bars(values: dict[str, dict[str, Interval]], title: str, height: int = 220) -> Image.Image:
+    """A group of bars for each score, {score: {name: interval}}, each score on its own scale from 0 to its largest."""
+    names = list(dict.fromkeys(name for group in values.values() for name in group))
+    bar, gap, left, top = 26, 34, 20, 60 + 16 * len(names)
+    image = Image.new("RGB", (left + len(values) * (len(names) * bar + gap) + gap, top + height + 40), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((left, 10), title, fill=INK, font=font(15))
+    for number, name in enumerate(names):
+        draw.rectangle((left, 38 + 16 * number, left + 10, 48 + 16 * number), fill=COLOURS[number % len(COLOURS)])
+        draw.text((left + 16, 43 + 16 * number), name, fill=INK, font=font(12), anchor="lm")
+    for group, (score, of) in enumerate(values.items()):
+        start, largest = left + group * (len(names) * bar + gap), max([v[2] for v in of.values() if np.isfinite(v[2])] + [1e-9])
+        draw.text((start, top + height + 8), score, fill=INK, font=font(12))
+        for number, name in enumerate(names):
+            mean, low, high = of.get(name, (np.nan,) * 3)
+            if np.isfinite(mean):
+                x, rise = start + number * bar, lambda value: top + height - height * min(max(value / largest, 0), 1)
+                draw.rectangle((x, rise(mean), x + bar - 6, top + height), fill=COLOURS[number % len(COLOURS)])
+                if np.isfinite([low, high]).all():
+                    draw.line((x + bar / 2 - 3, rise(low), x + bar / 2 - 3, rise(high)), fill=INK, width=2)
+                draw.text((x, rise(mean) - 3), f"{mean:.2f}", fill=INK, font=font(10), anchor="ls")
+    return image
