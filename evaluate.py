@@ -4,6 +4,7 @@
     python evaluate.py score runs/eval/sugar --raft raft-things.pth --amt amt-s.pth --viclip ViClip-InternVid-10M-FLT.pth
     python evaluate.py sheet runs/eval/sugar runs/eval/other
     python evaluate.py ablate switch-strategy            a paper's ablation on the toy
+    python evaluate.py motion --data DIR --out ..        Switch's temporal protocol
 
 Without --set, the toy's held-out subjects stand in, and its world's exact measures beside the learned scores. What stands after
 `--` goes to sample.py, which makes the videos: it goes on where it was stopped, and under torchrun shares them among ranks.
@@ -28,6 +29,7 @@ from tqdm import tqdm
 import checkpoint
 import figures
 import media
+import motion
 import prompts
 import sample
 import world
@@ -281,6 +283,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a.add_argument("--sampling-steps", type=int, default=25, help="default: %(default)s")
     a.add_argument("--quick", action="store_true", help="everything once, in minutes; there is no verdict")
     a.add_argument("--device", help="default: cuda where there is one, else cpu")
+    m = commands.add_parser("motion", help="Switch's temporal protocol: see motion.py")
+    m.add_argument("--out", type=Path, required=True)
+    m.add_argument("--data", type=Path, help="videos: a manifest or a folder, see readers.py (default: the toy's world)")
+    m.add_argument("--count", type=int, help="videos to classify (default: all; of the toy's 64)")
+    m.add_argument("--per-class", type=int, default=300, help="videos of each class (default: %(default)s)")
+    for name, pixels in (("camera", 10), ("small", 25), ("medium", 50)):
+        m.add_argument(f"--{name}", type=float, default=pixels, help="pixels at a height of 480 (default: %(default)s)")
+    for name, value in (("frames", 49), ("height", 480), ("width", 720), ("fps", 8)):
+        m.add_argument(f"--{name}", type=int, default=value, help="of real and generated videos (default: %(default)s)")
+    m.add_argument("--own", help="a checkpoint that has or names DINO and Grounded SAM (default: checkpoints/toy)")
+    m.add_argument("--i3d", type=Path, help="rgb_imagenet.pt; without it the checkpoint's own DINO stands in")
+    m.add_argument("--raft", type=Path, help="raft-things.pth; without it a classical estimator stands in")
+    m.add_argument("--no-image", action="store_true", help="give no first frame: for a plain text-to-video model")
+    m.add_argument("--seed", type=int, default=0)
+    m.add_argument("--device", help="default: cuda where there is one, else cpu")
     argv = sys.argv[1:] if argv is None else argv
     own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = p.parse_args(own)
@@ -293,7 +310,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        {"generate": generate, "score": score, "sheet": sheet, "ablate": ablate}[args.command](args)
+        {"generate": generate, "score": score, "sheet": sheet, "ablate": ablate, "motion": motion.motion}[args.command](args)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

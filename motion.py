@@ -1,0 +1,152 @@
+"""Switch's temporal protocol (A.5): does a model move its subjects as real videos do, be the motion small, medium or large?
+
+    python evaluate.py motion --data pexels.csv --out runs/motion --i3d rgb_imagenet.pt -- --model MODEL --adapter ADAPTER
+
+1. segmentation      the subject in the first frame, by Grounded SAM
+2. flow              from the first frame to each other one, averaged over subject and background
+3. filtering         out: videos whose camera moves, that is whose background flows by more than 10 pixels
+4. classes           small, medium and large motion of the subject: up to 25 pixels, up to 50, more
+5. generation        a video of the same length from the first frame and the caption; Frechet distance to the real ones by class
+
+The paper's pixels are taken at a height of 480; other heights scale them. On the toy, its world gives the masks, and its own DINO's
+features of frames stand in for I3D's of videos.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import distributed
+import media
+import sample
+import world
+from checkpoint import BadInput
+from encoders import GroundedSAM
+from media import Clip
+from readers import Videos
+from stages import Run
+
+CLASSES = ("small", "medium", "large")
+
+
+def flow_from_first(frames: np.ndarray, flow) -> torch.Tensor:
+    """Length of the flow from the first frame to each other one: [F - 1, H, W], in pixels."""
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    return torch.cat([flow(video[:1], video[i : i + 1]).norm(dim=1).cpu() for i in range(1, len(video))])
+
+
+def class_of(subject: float, background: float, height: int, args: argparse.Namespace) -> tuple[str | None, str]:
+    """The class of a video by the mean flow of its subject, or None and why it is left out."""
+    scale = height / 480
+    if background > args.camera * scale:
+        return None, f"the camera moves by more than {args.camera * scale:g} pixels"
+    return CLASSES[int(subject > args.small * scale) + int(subject > args.medium * scale)], ""
+
+
+def videos_of(args: argparse.Namespace, clip: Clip, model: Path, device) -> Iterator[tuple[str, callable]]:
+    """Names of videos, and functions that give each one's frames, caption, and mask of the subject in the first frame."""
+    if args.data is None:
+        def toy(i):
+            drawn = world.sample_masked(np.random.default_rng((args.seed, 41, i)), "test")
+            return drawn["video"], drawn["text"], drawn["masks"][0]
+
+        yield from ((f"{i:06d}", lambda i=i: toy(i)) for i in range(args.count or 64))
+        return
+    videos, segmenters = Videos(args.data, clip, args.seed), []
+
+    def real(i):
+        example = videos[i]
+        segmenters.append(segmenters.pop() if segmenters else GroundedSAM(model, device))
+        mask = segmenters[0](Image.fromarray(example.video[0]), example.noun or example.text)
+        if mask is None:
+            raise BadInput("no subject was found in its first frame")
+        return example.video, example.text, np.asarray(mask) > 127
+
+    yield from ((f"{i:06d}", lambda i=i: real(i)) for i in range(min(args.count or len(videos), len(videos))))
+
+
+def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) -> list[dict]:
+    """Steps 1 to 4. Real clips and their first frames are written below the run's folder."""
+    from data import Broken
+
+    sources = dict(videos_of(args, clip, model, run.ranks.device))
+
+    def work(todo: list[dict]) -> Iterator[dict]:
+        for item in todo:
+            try:
+                frames, text, mask = sources[item["id"]]()
+            except (Broken, BadInput) as error:
+                yield {**item, "kept": False, "why": f"unusable: {error}"}
+                continue
+            moved = flow_from_first(frames, flow).mean(dim=0).numpy()
+            subject, background = float(moved[mask].mean()), float(moved[~mask].mean())
+            found, why = class_of(subject, background, frames.shape[1], args)
+            real, first = run.path("classes", item["id"], ".mp4"), run.path("classes", item["id"], ".png")
+            media.save_video(frames, real, clip.fps, {"text": text})
+            media.save_image(Image.fromarray(frames[0]), first)
+            yield {**item, "text": text, "class": found, "subject": subject, "background": background, "kept": found is not None,
+                   **({"why": why} if why else {}), "real": str(real.relative_to(run.out)), "first": str(first.relative_to(run.out))}
+
+    settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed, "flow": flow.name,
+                "camera": args.camera, "small": args.small, "medium": args.medium}
+    run.stage("classes", [{"id": name, "label": ""} for name in sources], settings, work,
+              lambda item: [Path(item["real"])] if "real" in item else [], {})
+    kept = run.samples("classes")
+    return [item for name in CLASSES for item in [row for row in kept if row["class"] == name][: args.per_class]]
+
+
+def motion(args: argparse.Namespace) -> None:
+    from scorers import Flow, Similarity
+
+    ranks, model = distributed.start(args.device), checkpoint.resolve(args.own or "checkpoints/toy")
+    clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
+    run = Run(args.out, ranks)
+    chosen = classify(args, run, clip, model, Flow(args.raft, ranks.device))
+    if not chosen:
+        raise BadInput(f"No video is left in any class: {args.out / 'classes.jsonl'} says why.")
+    listing, made = args.out / "list.jsonl", args.out / "videos"
+    if ranks.first:
+        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed, **({} if args.no_image else {"image": str(
+            (args.out / item["first"]).resolve())})} for item in chosen]
+        with checkpoint.replace_when_whole(listing) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    ranks.wait()
+    size = ["--frames", str(clip.frames), "--height", str(clip.height), "--width", str(clip.width), "--fps", str(clip.fps)]
+    status = sample.main(["--prompts", str(listing), "--out", str(made), *size, *args.sample])
+    if status:
+        raise SystemExit(status)
+    ranks.wait()
+    if not ranks.first:
+        return
+    if args.i3d is not None:
+        from i3d import fvd_features, load_i3d
+
+        network, by = load_i3d(args.i3d).to(ranks.device), "FVD, by I3D"
+        features = lambda videos: fvd_features(videos, network, ranks.device)
+    else:
+        likeness, by = Similarity(model, ranks.device), f"Frechet distance of {model}'s own DINO features of frames: no --i3d"
+        features = lambda videos: torch.cat([likeness.features([Image.fromarray(frame) for frame in video]).cpu() for video in videos])
+    from i3d import frechet_distance
+
+    rows = {}
+    for name in CLASSES:
+        of_class = [item for item in chosen if item["class"] == name]
+        if of_class:
+            real, fake = ([media.read_video(file(item)) for item in of_class] for file in
+                          (lambda item: args.out / item["real"], lambda item: made / f"{item['id']}.mp4"))
+            rows[name] = {"videos": len(of_class), "distance": frechet_distance(features(real), features(fake))}
+    with checkpoint.replace_when_whole(args.out / "motion.json") as part:
+        part.write_text(json.dumps({"by": by, "classes": rows}, indent=2) + "\n", encoding="utf-8")
+    printed = {"CogVideoX, fine-tuned": (597.54, 594.26, 573.86), "image-only": (641.92, 636.42, 680.34),
+               "two-stage": (801.97, 872.30, 824.03), "Switch": (512.30, 511.66, 550.14)}  # Table 3
+    print(f"\n{by}\n\n| | small | medium | large |\n|---|---|---|---|")
+    for title, row in printed.items():
+        print(f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |")
+    print(f"| {args.out.name} | " + " | ".join(f"{rows[n]['distance']:.4g} ({rows[n]['videos']} videos)" if n in rows else "no video"
+                                              for n in CLASSES) + " |")

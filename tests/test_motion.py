@@ -1,0 +1,53 @@
+"""Switch's temporal protocol, on the toy's world: who moves how far, and whether a model moves its subjects so."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import motion
+import toy
+import world
+
+PIXELS = SimpleNamespace(camera=10, small=25, medium=50)
+
+
+@pytest.mark.parametrize("subject,background,height,expected", [
+    (0, 0, 480, "small"), (25, 10, 480, "small"), (25.1, 0, 480, "medium"), (50, 0, 480, "medium"), (50.1, 0, 480, "large"),
+    (30, 10.1, 480, None), (30, 1, 64, "large"), (30, 0, 960, "small"), (4, 1.4, 64, None)])
+def test_classes_are_the_papers(subject, background, height, expected):
+    found, why = motion.class_of(subject, background, height, PIXELS)
+    assert found == expected and bool(why) == (expected is None)
+
+
+def test_flow_is_taken_from_the_first_frame():
+    seen = []
+
+    def flow(one, two):
+        seen.append((one[0, 0, 0, 0].item(), two[0, 0, 0, 0].item()))
+        return torch.stack([torch.full((4, 5), 3.0), torch.full((4, 5), 4.0)])[None]
+
+    frames = np.broadcast_to(np.arange(5, dtype=np.uint8)[:, None, None, None], (5, 4, 5, 3)).copy()
+    lengths = motion.flow_from_first(frames, flow)
+    assert seen == [(0, i) for i in range(1, 5)] and lengths.shape == (4, 4, 5) and (lengths == 5).all()
+
+
+def test_the_protocol_from_videos_to_distances(tmp_path, capsys):
+    toy.init(tmp_path / "toy")
+    command = ["motion", "--out", str(tmp_path / "run"), "--own", str(tmp_path / "toy"), "--count", "6", "--device", "cpu", "--",
+               "--model", str(tmp_path / "toy"), "--adapter", str(tmp_path / "toy" / "switch"), "--steps", "1", "--device", "cpu"]
+    assert evaluate.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "classes.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and all(row["background"] < 10 for row in rows)
+    for row, i in zip(rows, range(6)):  # what stands still is told from what moves
+        scene = world.sample_masked(np.random.default_rng((0, 41, i)), "test")["scene"]
+        if scene.motion == "still" and row["kept"]:
+            assert row["class"] == "small" and row["subject"] < 1
+        if scene.motion in ("left", "right"):
+            assert row["subject"] > 2
+    found = json.loads((tmp_path / "run" / "motion.json").read_text())
+    assert "own DINO" in found["by"] and sum(of["videos"] for of in found["classes"].values()) == sum(row["kept"] for row in rows)
+    assert all(of["distance"] > 0 for of in found["classes"].values()) and "| Switch (the paper, FVD) | 512.30" in capsys.readouterr().out
