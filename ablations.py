@@ -21,7 +21,7 @@ import train_switch
 from checkpoint import BadInput
 from figures import Interval
 from media import save_image
-from scores import TITLES
+from scorers import TITLES
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import scorers
-from checkpoint import BadInput
-from scorers import LEVELS, conv, correlation_pyramid, fill_exactly, pixel_grid, read_weights, sample
+import flow
+from checkpoint import BadInput, fill_exactly, read_published
+from flow import LEVELS, conv, correlation_pyramid, pixel_grid, sample
 
 RADIUS = 3  # the correlation is looked up within 3 cells
 FIELDS = 3  # flows to each frame, in the end
@@ -156,8 +156,8 @@ class UpdateBlock(nn.Module):
 
 def look_up(pyramid: list[Tensor], at: Tensor) -> Tensor:
     """The correlations within RADIUS cells of the positions `at` [B, 2, h, w], from each level: [B, 4 * 7 * 7, h, w]."""
-    side, margin = 2 * scorers.RADIUS + 1, scorers.RADIUS - RADIUS  # RAFT's window is wider
-    windows = scorers.look_up(pyramid, at).unflatten(1, (LEVELS, side, side))
+    side, margin = 2 * flow.RADIUS + 1, flow.RADIUS - RADIUS  # RAFT's window is wider
+    windows = flow.look_up(pyramid, at).unflatten(1, (LEVELS, side, side))
     return windows[:, :, margin : side - margin, margin : side - margin].flatten(1, 3)
 
 
@@ -230,24 +230,10 @@ def load_amt(path: Path) -> AMT:
     if not path.is_file():
         what = ": it is a folder; give a file" if path.is_dir() else ""
         raise BadInput(f"There are no weights of AMT-S at {path}{what}. {PUBLISHED}")
-    raw = read_weights(path) if path.suffix == ".safetensors" else read_state_dict(path)
+    raw = read_published(path, inside="state_dict")
     model = AMT()
     fill_exactly(model, raw, {key: key for key in raw}, path, "AMT-S")
     return model.eval().requires_grad_(False)
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors under 'state_dict' in a PyTorch file, beside which it may say how training went."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage has as many classes here as there are places in a file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"The weight file {path} is truncated, damaged or no PyTorch weights ({reason}); download it "
-                       f"again. {PUBLISHED}") from error
-    tensors = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items()):
-        raise BadInput(f"{path} has no tensors by name under 'state_dict', as AMT's weights do. {PUBLISHED}")
-    return tensors
 
 
 # --- the score --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' weight files; transformers' is "model"
@@ -243,3 +243,42 @@ def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+# --- weights as other projects publish them ---------------------------------------------------------------------------
+
+
+def read_published(path: Path, inside: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors in a .safetensors file, or in a PyTorch file, of which nothing but tensors is unpickled. inside: the name
+    under which a PyTorch file may hold them, beside other things."""
+    if not path.is_file():
+        raise BadInput(f"There are no weights at {path}" + (": it is a folder; give a file." if path.is_dir() else "."))
+    if path.suffix == ".safetensors":
+        read_header(path)  # for its errors
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage has as many classes here as there are places in a file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"The weight file {path} is truncated, damaged or no PyTorch weights ({reason}); download it "
+                       f"again.") from error
+    if inside is not None and isinstance(content, dict) and isinstance(content.get(inside), dict):
+        content = content[inside]
+    if not isinstance(content, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
+        raise BadInput(f"{path} holds something else than tensors by name.")
+    return content
+
+
+def fill_exactly(model: nn.Module, tensors: dict[str, torch.Tensor], names: dict[str, str], path: Path, what: str) -> None:
+    """Loads tensors, under their names in `model`, into it; names: what the file at `path` called them."""
+    wanted = model.state_dict()
+    missing = [key for key in wanted if key not in tensors]
+    unexpected = [names[key] for key in tensors if key not in wanted]
+    if missing or unexpected:
+        parts = [f"{len(keys)} tensors are {kind} ({some(keys)})" for kind, keys in
+                 (("missing", missing), ("unexpected", unexpected)) if keys]
+        raise BadInput(f"{path} does not hold the weights of {what}: {', '.join(parts)}.")
+    for key, tensor in tensors.items():
+        if tensor.shape != wanted[key].shape:
+            raise BadInput(f"{names[key]} in {path} has shape {list(tensor.shape)}, {what} has {list(wanted[key].shape)}.")
+    model.load_state_dict(tensors)

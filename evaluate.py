@@ -36,7 +36,7 @@ import world
 from checkpoint import BadInput
 from data import ToyTest
 from readers import DreamBench
-from scores import PUBLISHED, TITLES, Scorers, bootstrap
+from scorers import PUBLISHED, TITLES, Scorers, bootstrap
 
 SETS = {  # which scores a paper prints, as a factor times the share, and its rows
     "sugar": (("dino_i", "clip_t", "viclip", "dynamic", "subject", "background"), 1, {  # Table 1

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import BadInput
-from scorers import fill_exactly, read_weights
+from checkpoint import BadInput, fill_exactly, read_published
 
 SIDE = 224  # pixels
 FEWEST = 9  # frames: time shrinks to an eighth, and the last pooling needs two steps
@@ -122,7 +121,7 @@ def load_i3d(path: str | Path) -> I3D:
     """
     path, model = Path(path), I3D()
     counters = {key: x for key, x in model.state_dict().items() if key.endswith("num_batches_tracked")}
-    tensors = read_weights(path)
+    tensors = read_published(path)
     names = {key: key for key in tensors}
     fill_exactly(model, counters | tensors, names, path, "I3D (RGB, Kinetics 400)")  # files of PyTorch before 0.4 lack counters
     return model.eval().requires_grad_(False)

@@ -102,7 +102,8 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
 
 
 def motion(args: argparse.Namespace) -> None:
-    from scorers import Flow, Similarity
+    from flow import Flow
+    from scorers import Similarity
 
     ranks, model = distributed.start(args.device), checkpoint.resolve(args.own or "checkpoints/toy")
     clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)

@@ -36,9 +36,10 @@ import media
 import world
 from checkpoint import BadInput
 from encoders import GroundedSAM
+from flow import Flow, flow_magnitude
 from pipeline import Request, Sampler
 from readers import CLASSES
-from scorers import Flow, Similarity, flow_magnitude
+from scorers import Similarity
 from stages import Run
 
 TEMPLATES = {  # {} is the label. What a subject does depends on what it is; ours, as the paper does not print its own

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import BadInput
-from scorers import fill_exactly, read_weights
+from checkpoint import BadInput, fill_exactly, read_published
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 HEAD = 64  # channels of an attention head, in both encoders
@@ -193,17 +192,6 @@ def prepare(frames: Tensor, side: int) -> Tensor:
 # --- the published files ----------------------------------------------------------------------------------------------
 
 
-def published(path: Path) -> dict[str, Tensor]:
-    """The tensors of ViClip-InternVid-10M-FLT.pth, which has them under "model", or of a file that has nothing else."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        if all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-            return tensors
-    except Exception:  # safetensors, tensors without the "model" around them, or damage, for which there is a sentence
-        pass
-    return read_weights(path)
-
-
 def load_tokenizer(where: str | Path, vocabulary: int):
     """CLIP's tokenizer, from a folder or the hub."""
     from transformers import CLIPTokenizer
@@ -225,7 +213,7 @@ def load_viclip(path: str | Path, tokenizer: str | Path = TOKENIZER, sizes: Size
     """ViCLIP with the published weights (ViClip-InternVid-10M-FLT.pth, or safetensors), ready to use and frozen.
     tokenizer: folder or hub id of CLIP's."""
     vocabulary = load_tokenizer(tokenizer, sizes.vocabulary)
-    tensors = published(Path(path))
+    tensors = read_published(Path(path), inside="model")
     with torch.device("meta"):
         model = ViCLIP(sizes, vocabulary)
     model.to_empty(device="cpu")  # nothing is drawn at random that the file then replaces

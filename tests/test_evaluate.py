@@ -13,13 +13,13 @@ from PIL import Image
 import evaluate
 import media
 import prompts
-import scores
+import scorers
 import toy
 import world
 from checkpoint import BadInput
 from data import ToyTest
 from readers import CLASSES
-from scores import CLIP, DINO, Scorers, bootstrap, consistency, moves, pictures, resized
+from scorers import CLIP, DINO, Scorers, bootstrap, consistency, moves, pictures, resized
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_still_clip_does_not_move_and_a_moving_one_does(seed):
     large = texture(seed, 128, 160)
     still = np.repeat(large[None, :64, :96], 9, axis=0)
     moving = np.stack([large[4 * i : 64 + 4 * i, 3 * i : 96 + 3 * i] for i in range(9)])  # 5 pixels a frame, 1.5 would do
-    from scorers import Flow, flow_magnitude
+    from flow import Flow, flow_magnitude
 
     flow = Flow()
     found = [moves(clip, 8, lambda frames: flow_magnitude(frames, flow)) for clip in (still, moving, moving[:1])]
@@ -94,7 +94,7 @@ def test_dino_is_transformers_and_positions_are_the_authors(tmp_path, seed):
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)  # as the hub's: no pooler
     ours, theirs = DINO(str(tmp_path)), ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
     pixels = torch.rand(2, 3, 64, 64)
-    statistics = [torch.tensor(x).view(3, 1, 1) for x in scores.IMAGENET]
+    statistics = [torch.tensor(x).view(3, 1, 1) for x in scorers.IMAGENET]
     normal = (pixels - statistics[0]) / statistics[1]
     with torch.no_grad():
         expected = F.normalize(theirs(pixel_values=normal).last_hidden_state[:, 0], dim=-1)
@@ -220,11 +220,11 @@ def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
     def resolve(name):
         raise BadInput(f"{name} is not here")
 
-    monkeypatch.setattr(scores.checkpoint, "resolve", resolve)
-    scorers = Scorers()
-    assert scorers.missing.keys() == {"dino_i", "clip_i", "clip_t", "subject", "background", "smoothness", "viclip"}
-    assert "facebook/dino-vits16 is not here" in scorers.missing["dino_i"] and "licence" in scorers.missing["smoothness"]
-    assert scorers(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == {"dynamic": 0}
+    monkeypatch.setattr(scorers.checkpoint, "resolve", resolve)
+    found = Scorers()
+    assert found.missing.keys() == {"dino_i", "clip_i", "clip_t", "subject", "background", "smoothness", "viclip"}
+    assert "facebook/dino-vits16 is not here" in found.missing["dino_i"] and "licence" in found.missing["smoothness"]
+    assert found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == {"dynamic": 0}
 
 
 def test_bad_input(tmp_path, capsys):

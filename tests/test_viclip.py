@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from checkpoint import BadInput
-from scorers import fill_exactly
+from checkpoint import fill_exactly
 from viclip import Sizes, ViCLIP, load_viclip, middle_frames
 
 # The names and shapes of ViClip-InternVid-10M-FLT.pth: 447. A star stands for the number of a block, 24 and 12 of them.

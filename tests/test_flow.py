@@ -13,7 +13,7 @@ from conftest import relative_error
 from safetensors.torch import save_file
 
 from checkpoint import BadInput
-from scorers import Flow, flow_magnitude, load_raft
+from flow import Flow, flow_magnitude, load_raft
 
 # Every key and shape of the weights as they are published: the original's 179, torchvision's 169.
 PUBLISHED = json.loads((Path(__file__).parent / "raft_keys.json").read_text())
