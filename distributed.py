@@ -6,6 +6,7 @@ and the model never knows.
 """
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from attention import attention
 from checkpoint import BadInput, read_json
 
 
@@ -111,6 +113,110 @@ def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tens
     """The whole tensors of a sharded model, on the CPU of every rank. All ranks must call it."""
     return {key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
             for key, value in model.state_dict().items() if wanted(key)}
+
+
+# --- one video on many ranks ------------------------------------------------------------------------------------------
+#
+# Guidance branches first: each group of ranks predicts some of them. Within a group the sequence: every rank holds a part of
+# each stream of tokens, and for the attention alone trades it for all tokens of some heads (Ulysses). Both by hooks from
+# outside; the model and the sampling loop never know.
+
+
+def split_video(model: nn.Module, ranks: Ranks, branches: int) -> None:
+    """Makes the ranks share every forward pass of `model`, of which each gets the whole result. branches: the batch that
+    guidance asks for; ranks are split among them as far as both have divisors in common."""
+    groups = math.gcd(ranks.world, branches)
+    within = ranks.world // groups
+    heads = model.config.num_attention_heads
+    if heads % within:
+        raise BadInput(f"{ranks.world} ranks cannot share a video of this model: after {groups} for the guidance branches, its "
+                       f"{heads} heads do not divide among {within}.")
+    mesh = init_device_mesh(ranks.device.type, (groups, within), mesh_dim_names=("branch", "sequence"))
+    if groups > 1:
+        split_batch(model, mesh["branch"])
+    if within > 1:
+        split_sequence(model, mesh["sequence"])
+
+
+def split_batch(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Each rank of the mesh passes its share of the batch; a batch that cannot be shared out is passed by all."""
+    group, rank, world, shared = mesh.get_group(), mesh.get_local_rank(), mesh.size(), []
+
+    def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        share, rest = divmod(args[0].shape[0], world)
+        shared.append(rest == 0)
+        if rest:
+            return args, kwargs
+        mine = lambda x: x[rank * share : (rank + 1) * share] if isinstance(x, Tensor) else x
+        return tuple(map(mine, args)), {name: mine(value) for name, value in kwargs.items()}
+
+    def gather(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        if not shared.pop():
+            return out
+        parts = [torch.empty_like(out) for _ in range(world)]
+        dist.all_gather(parts, out.contiguous(), group=group)
+        return torch.cat(parts)
+
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.register_forward_hook(gather)
+
+
+def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Ulysses: a rank holds the same share of the text, the reference and the video, each padded to a multiple of the ranks."""
+    group, rank, world, now = mesh.get_group(), mesh.get_local_rank(), mesh.size(), {}
+    first, *_, last = [*model.transformer_blocks] * 2  # of a single block, both
+
+    def part(x: Tensor, dim: int) -> Tensor:
+        """This rank's share of x along dim, zeros behind its end."""
+        share = -(-x.shape[dim] // world)
+        low, high = min(rank * share, x.shape[dim]), min((rank + 1) * share, x.shape[dim])
+        mine = x.narrow(dim, low, high - low)
+        missing = mine.new_zeros(*mine.shape[:dim], share - (high - low), *mine.shape[dim % mine.dim() + 1 :])
+        return torch.cat([mine, missing], dim=dim)
+
+    def enter(block: nn.Module, args: tuple) -> tuple:
+        text, reference, video, emb, rotary, blocks, keep, lora = args
+        if block is first:
+            streams = text, reference, video
+            shares, offset, order = [-(-x.shape[1] // world) for x in streams], 0, []
+            for x, share in zip(streams, shares):  # where in the gathered sequence, rank after rank, each token lies
+                token = torch.arange(x.shape[1], device=x.device)
+                order.append(token // max(share, 1) * sum(shares) + offset + token % max(share, 1))
+                offset += share
+            text, reference, video = (part(x, 1) for x in streams)
+            now.update(order=torch.cat(order), video=streams[2].shape[1], rotary=None, lora=None)
+            if rotary is not None:
+                lengths = [streams[1].shape[1], streams[2].shape[1]]
+                now["rotary"] = [torch.cat([part(x, x.dim() - 2) for x in angle.split(lengths, dim=-2)], dim=-2) for angle in rotary]
+            if lora is not None:
+                now["lora"] = slice(shares[0], shares[0] + shares[1])
+        return text, reference, video, emb, now["rotary"], blocks, keep, now["lora"]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, blocks, keep: Tensor | None) -> Tensor:
+        """q, k, v [B, heads, L / world, d], of this rank's tokens."""
+        B, heads, length, d = q.shape
+        sent = torch.stack([q, k, v]).unflatten(2, (world, -1)).movedim(2, 0).contiguous()  # [world, 3, B, heads / world, ..]
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=group)
+        whole = got.movedim(0, 3).flatten(3, 4)  # [3, B, heads / world, world * length, d]
+        seen = attention(*whole[:, :, :, now["order"]], blocks, keep)
+        sent = seen.new_zeros(B, heads // world, world * length, d)
+        sent[:, :, now["order"]] = seen
+        sent = sent.unflatten(2, (world, length)).movedim(2, 0).contiguous()
+        got = torch.empty_like(sent)
+        dist.all_to_all_single(got, sent, group=group)
+        return got.movedim(0, 1).flatten(1, 2)
+
+    def leave(block: nn.Module, args: tuple, out: tuple) -> tuple:
+        text, reference, video = out
+        parts = [torch.empty_like(video) for _ in range(world)]
+        dist.all_gather(parts, video.contiguous(), group=group)
+        return text, reference, torch.cat(parts, dim=1)[:, : now["video"]]
+
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(enter)
+        block.attn1.attend = attend
+    last.register_forward_hook(leave)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ class Attention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(config.dim, config.dim, bias=config.attention_bias) for _ in range(3))
         self.norm_q, self.norm_k = (nn.LayerNorm(config.attention_head_dim, eps=1e-6) for _ in range(2))
         self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
+        self.attend = attention  # distributed.py puts another in its place when a sequence is split among ranks
 
     def forward(self, x: Tensor, rotary, blocks, keep: Tensor | None, lora: slice | None) -> Tensor:
         """x [B, L, dim]; rotary turns the last tokens of the sequence, as many as it has angles for."""
@@ -179,7 +180,7 @@ class Attention(nn.Module):
         if rotary is not None:
             still = x.shape[1] - rotary[0].shape[-2]
             q, k = (torch.cat([y[:, :, :still], apply_rotary(y[:, :, still:], *rotary)], dim=2) for y in (q, k))
-        return on_tokens(self.to_out[0], attention(q, k, v, blocks, keep).transpose(1, 2).flatten(2), lora)
+        return on_tokens(self.to_out[0], self.attend(q, k, v, blocks, keep).transpose(1, 2).flatten(2), lora)
 
 
 class GELU(nn.Module):

@@ -160,6 +160,7 @@ class Sampler:
             weights = checkpoint.need(self.folder, "transformer")
             self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)
         self.image_encoders = self.load_image_encoders() if self.config.sugar else []
+        self.split: Callable[[Transformer], None] | None = None  # lets several ranks share each video
 
     def defaults(self) -> Settings:
         """What the checkpoint was made for. The 1.5 config's size is only an upper bound; it was made for 768x1360."""
@@ -222,7 +223,8 @@ class Sampler:
     def run(self, requests: list[Request], settings: Settings, rank: int = 0) -> None:
         """Makes and writes the videos."""
         for request, video in self.videos(requests, settings, rank):
-            self.write(request, settings, media.video_to_frames(video))
+            if self.split is None or rank == 0:
+                self.write(request, settings, media.video_to_frames(video))
 
     @torch.no_grad()
     def videos(self, requests: list[Request], settings: Settings, rank: int = 0,
@@ -238,6 +240,8 @@ class Sampler:
         if self.adapter_file is not None:
             transformer.use_adapter(self.adapter_file)
         transformer.requires_grad_(False)
+        if self.split is not None:
+            self.split(transformer)
         T, h, w = (settings.frames - 1) // 4 + 1, settings.height // 8, settings.width // 8
         pad, channels = padding(transformer, T), self.config.out_channels
         to = lambda y: y.to(self.device, self.dtype)

@@ -4,6 +4,7 @@
     python sample.py --model THUDM/CogVideoX-5b --adapter ADAPTER ...  Switch on the official weights
     python sample.py --model SUGAR_FOLDER ...                          a SUGAR model
     torchrun --nproc-per-node N sample.py --prompts FILE.jsonl ...     many videos, shared among GPUs
+    torchrun --nproc-per-node N sample.py --prompt TEXT ...            one video, its branches and sequence split among GPUs
 
 Everything that can be wrong with the input is found here, before the first network of the checkpoint runs.
 """
@@ -15,15 +16,18 @@ import os
 import re
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import distributed
 import media
 from checkpoint import BadInput
 from encoders import GroundedSAM
 from pipeline import DTYPES, Request, Sampler, Settings
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -230,8 +234,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    for request in requests:
-        print(request.out)
+    if sampler is None or sampler.split is None or rank == 0:
+        for request in requests:
+            print(request.out)
     return 0
 
 
@@ -249,9 +254,9 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     requests = read_requests(args)
     for request in requests:
         media.check_writable(request.out)
-    # Shared out before looking what is there: ranks that look at different times must not see different lists.
-    requests = requests[rank::world]
     if args.prompts is not None:
+        # Shared out before looking what is there: ranks that look at different times must not see different lists.
+        requests = requests[rank::world]
         there = [request.out.name for request in requests if request.out.exists()]
         requests = [request for request in requests if request.out.name not in there]
         if there:
@@ -261,8 +266,11 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     sampler = Sampler(args.model, args.adapter, device, args.dtype)
     settings = read_settings(args, sampler)
     prepare_images(requests, sampler, settings, args.fit)
+    if world > 1 and args.prompts is None:
+        ranks = distributed.start(device)
+        sampler.split = partial(distributed.split_video, ranks=ranks, branches=3 if sampler.kind == "sugar" else 2)
     return sampler, settings, requests, rank
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

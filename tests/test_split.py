@@ -1,0 +1,57 @@
+"""One video on many ranks is the video of one rank: guidance branches, the sequence, and both, for every attention design."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli import ROOT
+from conftest import relative_error
+
+import distributed
+import media
+import toy
+from checkpoint import BadInput
+from model import Config, Transformer
+
+
+def torchrun(ranks: int, script: Path, *arguments) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("ranks,branches", [(2, 1), (2, 2), (4, 2), (4, 3)])
+def test_ranks_share_a_forward_pass(ranks, branches, tmp_path, seed):
+    """2 x 1: the sequence; 2 x 2: the branches; 4 x 2: both; 4 x 3 have no divisor in common: the sequence. Lengths of 7, 15, 45
+    and 16 tokens do not divide evenly."""
+    torchrun(ranks, Path(__file__).with_name("split_worker.py"), tmp_path / "results.pt", seed, branches)
+    results = torch.load(tmp_path / "results.pt", weights_only=True)
+    assert len(results) == 8
+    for kind, design, alone, shared, again in results:
+        assert relative_error(shared, alone) < 1e-5, (kind, design)
+        assert torch.equal(shared, again)
+
+
+def test_sample_splits_one_video(tmp_path):
+    toy.init(tmp_path / "toy")
+    common = ["--model", tmp_path / "toy", "--adapter", tmp_path / "toy" / "switch", "--image", ROOT / "examples" / "fox.png", "--prompt",
+              "a creature jumps", "--steps", "3", "--device", "cpu"]
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, common), "--out", str(tmp_path / "one.mp4")],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = torchrun(2, ROOT / "sample.py", *common, "--out", tmp_path / "two.mp4")
+    assert said.count("two.mp4") == 1
+    one, two = (media.read_video(tmp_path / name).astype(int) for name in ("one.mp4", "two.mp4"))
+    assert np.abs(one - two).max() <= 3 and np.abs(one - two).mean() < 0.05
+
+
+def test_heads_that_do_not_divide_are_refused():
+    model = Transformer(Config(num_attention_heads=3, attention_head_dim=16, num_layers=1, time_embed_dim=8, text_embed_dim=8))
+    with pytest.raises(BadInput, match="its 3 heads do not divide among 2"):
+        distributed.split_video(model, distributed.Ranks(0, 4, torch.device("cpu"), None), branches=2)
