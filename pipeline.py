@@ -21,6 +21,7 @@ from diffusion import Predictor, alpha_bar_schedule, denoise, sugar_guidance, te
 from encoders import ImageEncoder, TextEncoder, add_cls, check_text_encoder
 from lora import Adapter, check_adapter, find_adapter, read_adapter
 from model import Config, Transformer, load_transformer, read_config
+from streaming import blocks_of, streamed
 from vae import VAE, load_vae
 from vae import read_config as read_vae_config
 
@@ -160,6 +161,7 @@ class Sampler:
             weights = checkpoint.need(self.folder, "transformer")
             self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)
         self.image_encoders = self.load_image_encoders() if self.config.sugar else []
+        self.low_memory = False  # blocks of large networks stay in host memory and are streamed
         self.split: Callable[[Transformer], None] | None = None  # lets several ranks share each video
 
     def defaults(self) -> Settings:
@@ -176,6 +178,11 @@ class Sampler:
     def on_device(self, network: torch.nn.Module, again: bool = True):
         """The network on the device, for as long as the block lasts: others find its memory free again. Where it will not
         be needed `again`, its weights are let go."""
+        blocks = blocks_of(network) if self.low_memory else []
+        if blocks:
+            with streamed(network, blocks, self.device):
+                yield network
+            return
         try:
             yield network.to(self.device)
         finally:

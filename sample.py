@@ -62,6 +62,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--fit", choices=["crop", "pad"], help="how the image meets the video's size (default: crop, or pad "
                    "where a subject was cut out)")
     p.add_argument("--tile", action="store_true", help="decode in spatial tiles: less memory, slightly different pixels")
+    p.add_argument("--low-memory", action="store_true",
+                   help="stream the blocks of transformer and T5 from host memory: the 5b on a small GPU; implies --tile")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: the checkpoint's on a GPU, fp32 on a CPU")
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
     return p.parse_args(argv)
@@ -264,6 +266,7 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     if not requests:
         return None, None, [], rank
     sampler = Sampler(args.model, args.adapter, device, args.dtype)
+    sampler.low_memory, args.tile = args.low_memory, args.tile or args.low_memory
     settings = read_settings(args, sampler)
     prepare_images(requests, sampler, settings, args.fit)
     if world > 1 and args.prompts is None:
