@@ -140,7 +140,8 @@ def trained(method: str, variant: Variant, seed: int, args) -> tuple[Path, float
     flags = f"{variant.train} {args.train}".strip()
     if args.quick:
         flags += f" {QUICK[0]} {QUICK[1][method]}"
-    digest = hashlib.sha256(f"{method} {args.model} {flags}".encode()).hexdigest()[:8]
+    made_of = checkpoint.fingerprint(checkpoint.part(args.model, "transformer"), checkpoint.part(args.model, "vae"))
+    digest = hashlib.sha256(f"{method} {made_of} {flags}".encode()).hexdigest()[:8]
     out = args.out / f"{method}-{digest}-{seed}"
     done = out / "done.json"
     if not done.exists():
@@ -159,7 +160,7 @@ def trained(method: str, variant: Variant, seed: int, args) -> tuple[Path, float
 def scored(ablation: Ablation, variant: Variant, seed: int, args) -> dict[str, float]:
     """The mean of each score over the videos of one training, sampled one way."""
     run, _ = trained(ablation.method, variant, seed, args)
-    way = f"{variant.sample} {'--looks' if ablation.looks else ''} {args.count}"
+    way = f"{variant.sample} {'--looks' if ablation.looks else ''} {args.count} {args.sampling_steps}"
     folder = run / f"videos-{hashlib.sha256(way.encode()).hexdigest()[:8]}"
     # The base that was only shown videos has no reference to be given.
     blind = ["--no-image"] if "video-only" in variant.train else []
@@ -179,6 +180,7 @@ def scored(ablation: Ablation, variant: Variant, seed: int, args) -> dict[str, f
 # --- statistics over seeds --------------------------------------------------------------------------------------------
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5%, by seeds
+FEWEST = 3  # seeds for a verdict
 
 
 def over_seeds(values: list[float]) -> Interval:
@@ -186,7 +188,7 @@ def over_seeds(values: list[float]) -> Interval:
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values.mean()), float("nan"), float("nan")
-    half = STUDENT.get(len(values), 1.96) * values.std(ddof=1) / np.sqrt(len(values))
+    half = STUDENT.get(len(values), STUDENT[10]) * values.std(ddof=1) / np.sqrt(len(values))
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
@@ -196,8 +198,8 @@ def verdict(finding: Finding, results: dict[str, list[dict]], quick: bool) -> st
     mean, low, high = over_seeds([more[finding.score] - less[finding.score] for more, less in pairs])
     if quick:
         said = "no verdict (--quick)"
-    elif not np.isfinite(low):
-        said = "no verdict (one seed)"
+    elif len(results[finding.more]) < FEWEST:
+        said = f"no verdict (fewer than {FEWEST} seeds)"
     else:
         said = "holds" if low > 0 else "does not hold: the opposite was measured" if high < 0 else "undecided: the interval holds 0"
     return (f"| {finding.claim} | {TITLES[finding.score]}: {finding.more} minus {finding.less} = {mean:+.3f} "

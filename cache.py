@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -59,9 +60,19 @@ class Cache:
     def check(self, encoder: Encoder, stream: str) -> None:
         """Raises where what is stored is not what `encoder` would make for that stream."""
         for name, wanted in stored_settings(encoder, stream).items():
+            if name == "weights" and wanted is None:  # a base of which nothing but the transformer is there
+                continue
+            if name == "reference_frames" and (self.settings.get(name) == 1) == (wanted == 1):
+                continue  # always the first frame, or any number to choose from
             if self.settings.get(name) != wanted:
                 raise BadInput(f"The cache {self.folder} was written with {name} = {self.settings.get(name)}, and this run needs "
                                f"{wanted}: write another one with python data.py cache.")
+
+    def check_clip(self, asked: dict) -> None:
+        """Raises where a clip is asked for, by frames, height, width or fps, that is not what was cached."""
+        for name, value in asked.items():
+            if value is not None and self.settings.get("clip", {}).get(name, value) != value:
+                raise BadInput(f"--{name} {value}: the cache {self.folder} was written with {self.settings['clip'][name]}.")
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         file, names = open_shard(shard_file(self.folder, i // SHARD))
@@ -79,9 +90,14 @@ def open_shard(file: Path) -> tuple[safe_open, dict[str, list[str]]]:
 
 
 def stored_settings(encoder: Encoder, stream: str) -> dict:
-    """What a reader of the cache must agree on: how its examples were encoded. Only videos have frames to choose from."""
+    """What a reader of the cache must agree on: how its examples were encoded, and by whom. Only videos have frames to choose
+    from."""
+    parts = ["vae", "text_encoder", *(("dino", "clip") if encoder.sugar else ())]
+    folders = [checkpoint.part(encoder.model, part) for part in parts]
+    there = all(folder is not None and any(folder.glob("*.safetensors")) for folder in folders[:2])
     frames = {"reference_frames": encoder.reference_frames} if stream == "videos" and not encoder.sugar else {}
-    return {"stream": stream, "cls": encoder.cls, "text_length": encoder.text_length, "sugar": encoder.sugar, **frames}
+    return {"stream": stream, "cls": encoder.cls, "text_length": encoder.text_length, "sugar": encoder.sugar,
+            "weights": checkpoint.fingerprint(*folders) if there else None, **frames}
 
 
 def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ranks, seed: int, settings: dict) -> Cache:
@@ -101,11 +117,12 @@ def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ran
     ranks.wait()  # all have looked
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    ranks.wait()
-    shards = range(ranks.rank, -(-length // SHARD), ranks.world)
-    todo = [number for number in shards if not shard_file(folder, number).exists()]
-    with tqdm(total=len(todo) * SHARD, unit="example", desc=folder.name, disable=not ranks.first, dynamic_ncols=True) as bar:
+        with checkpoint.replace_when_whole(folder / "index.json") as part:
+            part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    todo = [number for number in range(-(-length // SHARD)) if not shard_file(folder, number).exists()]
+    ranks.wait()  # all have looked at the same files; what is left is shared out
+    todo = todo[ranks.rank :: ranks.world]
+    with tqdm(total=sum(min(SHARD, length - number * SHARD) for number in todo), unit="example", desc=folder.name, disable=not ranks.first, dynamic_ncols=True) as bar:
         for number in todo:
             tensors = {"null.text": encoder.null} if number == 0 else {}
             for i in range(number * SHARD, min((number + 1) * SHARD, length)):
@@ -151,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
     clip = readers.clip_of(args, config)
     dataset, length = readers.open_data(args.data, args.stream, args.count, 4000, clip, args, encoder, args.out)
     started = time.perf_counter()
-    about = {"data": args.data, "clip": str(clip), "model": args.model, "share": args.share}
+    about = {"data": args.data, "clip": asdict(clip) if args.data else {}, "share": args.share}
     written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})
     if ranks.first:
         seconds = time.perf_counter() - started

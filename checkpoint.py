@@ -2,6 +2,7 @@
 safetensors, in one file or in shards with an index. This file knows no network; it reads, checks and writes files.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -35,8 +36,9 @@ class Entry(NamedTuple):
     nbytes: int
 
 
-def resolve(model: str) -> Path:
-    """The local folder of a model: `model` itself where it is one, else a snapshot of the hub id `model`."""
+def resolve(model: str, more: tuple[str, ...] = ()) -> Path:
+    """The local folder of a model: `model` itself where it is one, else a snapshot of the hub id `model`. more: patterns of
+    files that are needed beside the usual ones."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -48,7 +50,7 @@ def resolve(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", *more]))
     except Exception as error:  # no network, no such repository, no permission: the hub has a class for each
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{model} is neither a folder here nor a model that the hub gave ({reason}); check the name, or "
@@ -202,6 +204,21 @@ def replace_when_whole(file: Path) -> Iterator[Path]:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def fingerprint(*folders: Path | None) -> str:
+    """Tells weights apart without reading them whole: by the names, the sizes, and 16 samples of each of the safetensors in
+    the folders."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.safetensors") if folder.is_dir() else [folder]) if folder is not None else ():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as content:
+                for i in range(16):
+                    content.seek(i * size // 16)
+                    digest.update(content.read(2**12))
+    return digest.hexdigest()[:16]
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -10,7 +10,6 @@
 """
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -191,14 +190,16 @@ class OneFrame:
 
 class Tolerant:
     """A dataset's first `length` examples, in which a broken one is replaced by the next that is whole. Each broken one is
-    listed once, with its reason, in `log`; when they are more than `share` of those that were met, the run stops."""
+    listed once, with its reason, in `log`; when they are more than `share` of those that were met (and ten at least, unless the
+    share is 0), the run stops."""
 
     def __init__(self, dataset, length: int, log: Path, share: float = 0.1):
         self.dataset, self.length, self.log, self.share = dataset, length, log, share
         self.met: set[int] = set()
         self.broken: set[int] = set()
+        # A run that was killed while it wrote may have left half a line.
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        self.listed = {json.loads(line)["example"] for line in lines}
+        self.listed = {json.loads(line)["example"] for line in lines if line.endswith("}")}
 
     def __getitem__(self, i: int) -> Example:
         for j in ((i + step) % self.length for step in range(self.length)):
@@ -216,7 +217,7 @@ class Tolerant:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"example": i, "reason": reason}) + "\n")
-        if len(self.broken) >= 10 and len(self.broken) > self.share * len(self.met):
+        if len(self.broken) > self.share * len(self.met) and (len(self.broken) >= 10 or self.share == 0):
             raise BadInput(f"{len(self.broken)} of the first {len(self.met)} examples cannot be used, more than "
                            f"{self.share:.0%} (--broken); {self.log} says why. The last one: {reason}")
 
@@ -248,5 +249,6 @@ class Stream:
 
 if __name__ == "__main__":
     import cache
+    import distributed
 
-    sys.exit(cache.main())
+    distributed.leave(cache.main())

@@ -39,6 +39,7 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh
+    patient: dist.ProcessGroup | None = None  # for wait()
 
     @property
     def first(self) -> bool:
@@ -51,8 +52,8 @@ class Ranks:
         return bool(value.item())
 
     def wait(self) -> None:
-        """Until all ranks are here."""
-        dist.barrier()
+        """Until all ranks are here, however long their shares of some work take them."""
+        dist.barrier(group=self.patient)
 
     def mean(self, value: Tensor) -> float:
         """The mean over ranks of a scalar."""
@@ -71,7 +72,12 @@ def start(device: str | None = None) -> Ranks:
     """Joins the process group that torchrun's environment describes, or makes one of a single process."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    kind = (device or ("cuda" if torch.cuda.is_available() else "cpu")).split(":")[0]
+    kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    local = int(index) if index and "RANK" not in os.environ else local
+    try:
+        torch.empty(0, device=torch.device(kind, local) if kind == "cuda" else kind)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     if not dist.is_initialized():
         place = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # A rank that waits longer than this for another will not see it again: it ends, and torchrun starts all anew.
@@ -79,7 +85,8 @@ def start(device: str | None = None) -> Ranks:
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(where)
-    return Ranks(rank, world, where, init_device_mesh(kind, (world,)))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Ranks(rank, world, where, init_device_mesh(kind, (world,)), patient)
 
 
 def leave(status: int) -> NoReturn:

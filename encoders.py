@@ -27,13 +27,16 @@ def find(model: Path, part: str) -> Path:
     return checkpoint.part(model, part) or checkpoint.resolve(HUB[part])
 
 
-def load_network(folder: Path, kind: str, dtype: torch.dtype, ignore: tuple[str, ...] = ()):
+def load_network(folder: Path, kind: str, dtype: torch.dtype, ignore: tuple[str, ...] = (),
+                 pickled: bool = False):
     """The network of class `kind` of transformers in `folder`, frozen. What the files lack is an error: transformers
-    itself would draw it at random. ignore: beginnings of the names that may be lacking, as nothing uses them."""
+    itself would draw it at random. ignore: beginnings of the names that may be lacking, as nothing uses them.
+    pickled: old weights of scoring networks may be a pytorch_model.bin, of which transformers unpickles tensors alone."""
     import transformers
 
     checkpoint.read_json(folder / "config.json")
-    checkpoint.index(folder, stem="model")
+    if not (pickled and (folder / "pytorch_model.bin").exists()):
+        checkpoint.index(folder, stem="model")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # it lists what is not needed, such as the text half of CLIP
     try:
@@ -45,6 +48,16 @@ def load_network(folder: Path, kind: str, dtype: torch.dtype, ignore: tuple[str,
         raise BadInput(f"The weights in {folder} do not fit its config.json: {len(missing)} missing "
                        f"({checkpoint.some(missing)}).")
     return network.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of transformers in `folder`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each tokenizer has its own way to be displeased
+        raise BadInput(f"{folder} has no tokenizer that can be read: {' '.join(str(error).split())[:200]}") from error
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

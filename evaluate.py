@@ -9,14 +9,16 @@
 Without --set, the toy's held-out subjects stand in, and its world's exact measures beside the learned scores. What stands after
 `--` goes to sample.py, which makes the videos: it goes on where it was stopped, and under torchrun shares them among ranks.
 
-    DIR/list.jsonl      what sample.py is asked for        DIR/scores.jsonl    the scores of each video
+    DIR/videos/         PROMPT-N.mp4                       DIR/scores.jsonl    the scores of each video
     DIR/videos.jsonl    what each video was to show        DIR/scores.json     means and their confidence intervals
-    DIR/prompts.json    prompts by file, for VBench        DIR/table.md        beside the paper's own rows
+    DIR/settings.json   by what they were made             DIR/table.md        beside the paper's own rows
+    DIR/seen/           what the model saw of the image    DIR/prompts.json    prompts by file, for VBench
 
-VBench scores the folder too: `vbench evaluate --mode custom_input --videos_path DIR --prompt_file DIR/prompts.json`.
+VBench scores the videos too: `vbench evaluate --mode custom_input --videos_path DIR/videos --prompt_file DIR/prompts.json`.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -27,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import figures
 import media
 import motion
@@ -90,9 +93,10 @@ def toy_rows(args: argparse.Namespace) -> list[dict]:
 
 def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
+    made_by(args.out, {"set": args.set, "seed": args.seed, "looks": args.looks, "image": not args.no_image, "cut_out": args.cut_out},
+            args.sample)
     rows = rows_of(args)[: args.count]
-    args.out.mkdir(parents=True, exist_ok=True)
-    asked = [{"name": row["name"], "prompt": row["prompt"], "seed": row["seed"]} for row in rows]
+    asked = [{"name": row["name"], "prompt": row["prompt"], "noun": row["noun"], "seed": row["seed"]} for row in rows]
     if not args.no_image:
         for line, row in zip(asked, rows):
             line["image"] = row["image"]
@@ -101,10 +105,37 @@ def generate(args: argparse.Namespace) -> None:
     for name, lines in (("list.jsonl", asked), ("videos.jsonl", rows)):
         with checkpoint.replace_when_whole(args.out / name) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (args.out / "prompts.json").write_text(json.dumps({f"{row['name']}.mp4": row["prompt"] for row in rows}, indent=1))
-    status = sample.main(["--prompts", str(args.out / "list.jsonl"), "--out", str(args.out), *args.sample])
+    with checkpoint.replace_when_whole(args.out / "prompts.json") as part:
+        part.write_text(json.dumps({f"{row['name']}.mp4": row["prompt"] for row in rows}, indent=1), encoding="utf-8")
+    make(args.out / "list.jsonl", args.out, args.sample)
+
+
+def make(listing: Path, out: Path, flags: list[str]) -> None:
+    """Lets sample.py make the videos of the list, in out/videos; what it shows of the images is put into out/seen."""
+    status = sample.main(["--prompts", str(listing), "--out", str(out / "videos"), *flags])
     if status:
         raise SystemExit(status)
+    (out / "seen").mkdir(exist_ok=True)
+    for picture in (out / "videos").glob("*.png"):
+        picture.replace(out / "seen" / picture.name)
+
+
+def made_by(out: Path, settings: dict, flags: list[str]) -> None:
+    """Notes in out/settings.json by what the videos are made, and raises where there are videos that something else made."""
+    given = sample.parse([*flags, "--prompts", "list.jsonl"])
+    parts = [Path(given.model), *([Path(given.adapter)] if given.adapter else [])]
+    weights = checkpoint.fingerprint(*(part for part in parts if part.exists()))
+    free = {"device", "out", "prompts", "low_memory"}
+    settings = {**settings, **{name: value for name, value in vars(given).items() if name not in free}, "weights": weights}
+    file = out / "settings.json"
+    old = checkpoint.read_json(file) if file.exists() else settings
+    for name in sorted(settings.keys() | old.keys()):
+        if old.get(name) != settings.get(name):
+            raise BadInput(f"The videos in {out} were made with {name} = {old.get(name)}, and now it is {settings.get(name)}: choose "
+                           f"another --out, or remove that one.")
+    out.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replace_when_whole(file) as part:
+        part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 # --- score ------------------------------------------------------------------------------------------------------------
@@ -113,12 +144,13 @@ def generate(args: argparse.Namespace) -> None:
 def read_lines(file: Path) -> list[dict]:
     if not file.exists():
         raise BadInput(f"There is no {file}: is {file.parent} what evaluate.py generate wrote?")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # A run that was killed while it wrote may have left half a line.
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def check_complete(folder: Path, rows: list[dict]) -> None:
     """Raises where videos and prompts do not match."""
-    wanted, there = {f"{row['name']}.mp4" for row in rows}, {file.name for file in folder.glob("*.mp4")}
+    wanted, there = {f"{row['name']}.mp4" for row in rows}, {file.name for file in (folder / "videos").glob("*.mp4") if file.name[0] != "."}
     if wanted != there:
         parts = [f"{len(names)} {what} ({checkpoint.some(sorted(names))})" for what, names in
                  (("without a video", wanted - there), ("videos without a prompt", there - wanted)) if names]
@@ -133,37 +165,49 @@ def exact_scores(frames: np.ndarray, seed: int, looks: list[str], number: int) -
 
 def score(args: argparse.Namespace) -> None:
     """Scores each folder's videos; those that scores.jsonl has already are not scored again."""
-    scorers = Scorers(args.device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
+    device = distributed.start(args.device).device
+    scorers = Scorers(device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
                       args.amt, args.viclip)
     tables = {}
     for folder in args.folders:
         rows = read_lines(folder / "videos.jsonl")
         check_complete(folder, rows)
-        by = {**scorers.by, "toy": "exact"}
-        done = {line["name"]: line for line in read_lines(folder / "scores.jsonl")} if (folder / "scores.jsonl").exists() else {}
-        done = {name: line for name, line in done.items() if line["by"] == by}
+        done = {line["of"]: line for line in read_lines(folder / "scores.jsonl")} if (folder / "scores.jsonl").exists() else {}
+        done = {of: line for of, line in done.items() if "scores" in line}
+        keys = {row["name"]: key_of(folder, row, scorers, args) for row in rows}
         with (folder / "scores.jsonl").open("a", encoding="utf-8") as file:
-            for row in tqdm([row for row in rows if row["name"] not in done], folder.name, unit="video", dynamic_ncols=True):
-                line = {"name": row["name"], "by": by, **score_one(folder, row, scorers, args.fps)}
-                done[row["name"]] = line
+            for row in tqdm([row for row in rows if keys[row["name"]] not in done], folder.name, unit="video", dynamic_ncols=True):
+                line = {"of": keys[row["name"]], "name": row["name"], **score_one(folder, row, scorers, args.fps)}
+                done[line["of"]] = line
                 file.write(json.dumps(line) + "\n")
                 file.flush()
+        done = {row["name"]: done[keys[row["name"]]] for row in rows}
         tables[folder] = summarize(folder, rows, done, scorers, args.set)
     print_table(tables, args.set, scorers)
 
 
-def score_one(folder: Path, row: dict, scorers: Scorers, fps: float) -> dict:
+def key_of(folder: Path, row: dict, scorers: Scorers, args: argparse.Namespace) -> str:
+    """What a line of scores.jsonl depends on: the video as it is now, what it was to show, and by what it is scored."""
+    about = (folder / "videos" / f"{row['name']}.mp4").stat()
+    weights = [part for part in (args.own, args.raft, args.amt, args.viclip) if part is not None and part.exists()]
+    sizes = [(file.name, file.stat().st_size) for part in weights for file in ([part] if part.is_file() else [])]
+    said = (row, about.st_size, about.st_mtime_ns, args.fps, scorers.by, checkpoint.fingerprint(*(w for w in weights if w.is_dir())), sizes)
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> dict:
     """Scores, or the reason why there are none."""
+    subject = media.on_white(media.open_image(row["image"]))  # without it nothing can be compared
     try:
-        frames = media.read_video(folder / f"{row['name']}.mp4")
-        if len(frames) == 1:
-            return {"unreadable": "it has one frame: neither motion nor consistency can be told"}
-        subject = media.on_white(media.open_image(row["image"]))
-        found = scorers(frames, fps, row["prompt"], subject)
-        if "toy" in row and len(frames) == world.FRAMES:
-            found |= exact_scores(frames, *row["toy"])
+        file = folder / "videos" / f"{row['name']}.mp4"
+        frames, own = media.read_video(file), media.probe(file).fps
     except BadInput as error:
         return {"unreadable": str(error)}
+    if len(frames) == 1:
+        return {"unreadable": "it has one frame: neither motion nor consistency can be told"}
+    found = scorers(frames, fps or own, row["prompt"], subject)
+    if "toy" in row and frames.shape == (world.FRAMES, world.SIZE, world.SIZE, 3):
+        found |= exact_scores(frames, *row["toy"])
     return {"scores": found}
 
 
@@ -172,7 +216,9 @@ def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Sc
     lines = [done[row["name"]] for row in rows]
     names = dict.fromkeys(name for line in lines for name in line.get("scores", {}))
     means = {name: bootstrap([line["scores"].get(name, math.nan) for line in lines if "scores" in line]) for name in names}
-    summary = {"videos": len(rows), "means": {name: dict(zip(("mean", "low", "high"), value)) for name, value in means.items()},
+    counts = {name: sum(math.isfinite(line["scores"].get(name, math.nan)) for line in lines if "scores" in line) for name in names}
+    summary = {"videos": len(rows), "means": {name: {**dict(zip(("mean", "low", "high"), value)), "videos": counts[name]}
+                                              for name, value in means.items()},
                "by": scorers.by, "not measured": scorers.missing,
                "unreadable": {line["name"]: line["unreadable"] for line in lines if "unreadable" in line}}
     with checkpoint.replace_when_whole(folder / "scores.json") as part:
@@ -185,7 +231,7 @@ def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Sc
 def markdown(tables: dict[Path, dict], which: str) -> str:
     """A row for each folder, below the paper's own."""
     names, factor, printed = SETS[which]
-    digits = 1 if factor == 100 else 3
+    digits = 2 if factor == 100 else 3
     number = lambda value: "" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
     lines = ["| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {title} | " + " | ".join(map(number, row)) + " |" for title, row in printed.items()]
@@ -193,8 +239,11 @@ def markdown(tables: dict[Path, dict], which: str) -> str:
         cells = []
         for name in names:
             found = summary["means"].get(name)
-            cells.append("not measured" if found is None else f"**{number(factor * found['mean'])}** "
-                         f"[{number(factor * found['low'])}, {number(factor * found['high'])}]")
+            if found is None or not found["videos"]:
+                cells.append("not measured")
+                continue
+            few = f" of {found['videos']}" if found["videos"] < summary["videos"] else ""
+            cells.append(f"**{number(factor * found['mean'])}** [{number(factor * found['low'])}, {number(factor * found['high'])}]{few}")
         lines.append(f"| {folder.name} ({summary['videos']} videos) | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -214,13 +263,13 @@ def print_table(tables: dict[Path, dict], which: str, scorers: Scorers) -> None:
 
 
 def sheet(args: argparse.Namespace) -> None:
-    """Methods side by side: FIRST/sheet.png with the frames, FIRST/sheet.gif playing, a row for each prompt."""
+    """Methods side by side: FIRST/sheet.png with some frames, FIRST/sheet.gif playing, a row for each prompt."""
     rows = read_lines(args.folders[0] / "videos.jsonl")[: args.count]
     items, playing = [], []
     for row in rows:
         videos = []
         for folder in args.folders:
-            file = folder / f"{row['name']}.mp4"
+            file = folder / "videos" / f"{row['name']}.mp4"
             if not file.exists():
                 raise BadInput(f"{folder} has no video {row['name']}.mp4, which {args.folders[0]} has.")
             videos.append(media.read_video(file))
@@ -231,8 +280,8 @@ def sheet(args: argparse.Namespace) -> None:
                         for i in range(max(map(len, videos)))]
         playing.append((subject, row["prompt"], np.stack(side_by_side)))
     media.save_image(figures.contact_sheet(items), args.folders[0] / "sheet.png")
-    media.save_sheet(playing, args.folders[0] / "playing", fps=args.fps)
-    print(f"wrote {args.folders[0] / 'sheet.png'} and {args.folders[0] / 'playing.gif'}: {', '.join(map(str, args.folders))}")
+    media.save_sheet(playing, args.folders[0] / "sheet", fps=args.fps, still=False)
+    print(f"wrote {args.folders[0] / 'sheet.png'} and .gif: {', '.join(map(str, args.folders))}")
 
 
 def ablate(args: argparse.Namespace) -> None:
@@ -266,8 +315,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     s.add_argument("--raft", type=Path, help="raft-things.pth; without it a classical estimator stands in")
     s.add_argument("--amt", type=Path, help="amt-s.pth, whose licence forbids commercial use")
     s.add_argument("--viclip", type=Path, help="ViClip-InternVid-10M-FLT.pth")
-    s.add_argument("--fps", type=float, default=8, help="of the videos (default: %(default)s)")
-    s.add_argument("--device", default="cpu", help="default: %(default)s")
+    s.add_argument("--fps", type=float, help="of the videos (default: what their files say)")
+    s.add_argument("--device", help="default: cuda where there is one, else cpu")
     t = commands.add_parser("sheet", help="methods side by side")
     t.add_argument("folders", nargs="+", type=Path)
     t.add_argument("--count", type=int, default=8, help="prompts, the first ones (default: %(default)s)")
@@ -318,4 +367,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -86,8 +86,10 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
     """A line of points for each name, with intervals in both directions, as the papers' trade-off figures."""
     image = Image.new("RGB", (width, height), "white")
     draw, left, right, top, bottom = ImageDraw.Draw(image), 70, width - 20, 40, height - 60
-    every = [point for line in points.values() for point in line]
     finite = lambda values: [value for value in values if np.isfinite(value)] or [0.0]
+    whole = lambda interval: [value if np.isfinite(value) else interval[0] for value in interval]  # of one seed there is none
+    points = {name: [(whole(one), whole(two)) for one, two in line] for name, line in points.items()}
+    every = [point for line in points.values() for point in line]
     ranges = [axis(min(finite(p[i][1] for p in every)), max(finite(p[i][2] for p in every))) for i in (0, 1)]
     place = lambda value, i: (left + (value - ranges[0][0]) / (ranges[0][1] - ranges[0][0]) * (right - left) if i == 0 else
                               bottom - (value - ranges[1][0]) / (ranges[1][1] - ranges[1][0]) * (bottom - top))
@@ -126,7 +128,7 @@ def bars(values: dict[str, dict[str, Interval]], title: str, height: int = 220) 
         draw.rectangle((left, 38 + 16 * number, left + 10, 48 + 16 * number), fill=COLOURS[number % len(COLOURS)])
         draw.text((left + 16, 43 + 16 * number), name, fill=INK, font=font(12), anchor="lm")
     for group, (score, of) in enumerate(values.items()):
-        start, largest = left + group * (len(names) * bar + gap), max([v[2] for v in of.values() if np.isfinite(v[2])] + [1e-9])
+        start, largest = left + group * (len(names) * bar + gap), max([x for v in of.values() for x in v if np.isfinite(x)] + [1e-9])
         draw.text((start, top + height + 8), score, fill=INK, font=font(12))
         for number, name in enumerate(names):
             mean, low, high = of.get(name, (np.nan,) * 3)

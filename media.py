@@ -1,6 +1,7 @@
 """Images and videos as files: reading whatever photograph a person brings, cutting out, fitting, writing videos."""
 
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -163,12 +164,18 @@ class Probe(NamedTuple):
     seconds: float
     width: int  # as shown: a phone's rotation is applied
     height: int
+    fps: float
 
 
-def ffmpeg(*arguments: str) -> subprocess.CompletedProcess:
+def ffmpeg(*arguments: str, seconds: float = 600) -> subprocess.CompletedProcess:
+    """Runs ffmpeg, for so many seconds at most."""
     import imageio_ffmpeg
 
-    return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments], capture_output=True)
+    try:
+        return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", *arguments], capture_output=True,
+                              timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise BadInput(f"ffmpeg did not come to an end within {seconds:g} s") from error
 
 
 def probe(file: Path) -> Probe:
@@ -185,29 +192,35 @@ def probe(file: Path) -> Probe:
     if turned and round(abs(float(turned[1]))) % 180 == 90:
         width, height = height, width
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else 0.0
-    return Probe(seconds, width, height)
+    rate = re.search(r"([\d.]+) fps", said)
+    return Probe(seconds, width, height, float(rate[1]) if rate else 8.0)
 
 
 def decode(file: Path, clip: Clip, rng: np.random.Generator) -> np.ndarray:
     """A window of the video as uint8 [frames, height, width, 3]: at clip.fps whatever the file's own rate (which may vary),
     scaled to cover the frame, the overhang cut off evenly. ffmpeg seeks to the window, so the rest is not decoded."""
-    seconds, width, height = probe(file)
+    seconds, width, height, _ = probe(file)
     if clip.small == "skip" and (width < clip.width or height < clip.height):
         raise BadInput(f"it is {width}x{height}, smaller than {clip.width}x{clip.height}")
     spare, loop = seconds - clip.seconds, []
     if spare < -0.5 / clip.fps:
         if clip.short == "skip":
             raise BadInput(f"it lasts {seconds:.2f} s, and {clip.frames} frames at {clip.fps:g} fps take {clip.seconds:.2f} s")
-        loop = ["-stream_loop", "-1"]
+        if seconds <= 0:
+            raise BadInput("its length is not known, so it cannot be looped")
+        loop = ["-stream_loop", str(math.ceil(clip.seconds / seconds))]
     start = rng.uniform(0, spare) if spare > 0 else 0.0
     filters = (f"fps={clip.fps:g},scale={clip.width}:{clip.height}:force_original_aspect_ratio=increase:flags=bicubic,"
                f"crop={clip.width}:{clip.height}")
-    done = ffmpeg("-loglevel", "error", *loop, "-ss", f"{start:.3f}", "-i", str(file), "-an", "-sn", "-vf", filters,
-                  "-frames:v", str(clip.frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
     size = clip.height * clip.width * 3
-    frames = np.frombuffer(done.stdout[: len(done.stdout) // size * size], dtype=np.uint8)
-    frames = frames.reshape(-1, clip.height, clip.width, 3)
-    missing = clip.frames - len(frames)
+    for begin in dict.fromkeys((start, 0.0)):  # its pictures may end before its sound does: then from the beginning
+        done = ffmpeg("-loglevel", "error", *loop, "-ss", f"{begin:.3f}", "-i", str(file), "-an", "-sn", "-vf", filters,
+                      "-frames:v", str(clip.frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+        frames = np.frombuffer(done.stdout[: len(done.stdout) // size * size], dtype=np.uint8)
+        frames = frames.reshape(-1, clip.height, clip.width, 3)
+        missing = clip.frames - len(frames)
+        if missing <= 1:
+            break
     if missing > 1:  # the last frame may lie half a tick beyond the end
         reason = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise BadInput(f"{len(frames)} of {clip.frames} frames could be decoded ({reason[-1] if reason else 'it is cut short'})")
@@ -216,7 +229,7 @@ def decode(file: Path, clip: Clip, rng: np.random.Generator) -> np.ndarray:
 
 def read_video(file: Path) -> np.ndarray:
     """All frames of a video, uint8 [F, H, W, 3], at its own rate and size."""
-    _, width, height = probe(file)
+    _, width, height, _ = probe(file)
     done = ffmpeg("-loglevel", "error", "-i", str(file), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
     if not done.stdout or len(done.stdout) % (height * width * 3):
         raise BadInput(f"{file} cannot be read: {done.stderr.decode('utf-8', 'replace').strip() or 'it is cut short'}.")
@@ -226,10 +239,11 @@ def read_video(file: Path) -> np.ndarray:
 # --- sheets -----------------------------------------------------------------------------------------------------------
 
 
-def save_sheet(rows: list[tuple[Image.Image, str, np.ndarray]], stem: Path, fps: float = 8, scale: int = 2) -> None:
-    """A sheet for a person to look at: in each row a subject, a prompt, and a video, uint8 [F, H, W, 3]. stem.png shows the
-    frames side by side, stem.gif plays them."""
-    height, width = rows[0][2].shape[1] * scale, rows[0][2].shape[2] * scale
+def save_sheet(rows: list[tuple[Image.Image, str, np.ndarray]], stem: Path, fps: float = 8, side: int = 128,
+               still: bool = True) -> None:
+    """A sheet for a person to look at: in each row a subject, a prompt, and a video, uint8 [F, H, W, 3], shown `side` pixels
+    high. stem.gif plays them, and stem.png, where `still`, shows the frames side by side."""
+    height, width = side, round(side * rows[0][2].shape[2] / rows[0][2].shape[1])
     frames, text, gap = max(len(video) for _, _, video in rows), 230, 4
     font = ImageFont.load_default(size=15)
 
@@ -244,10 +258,12 @@ def save_sheet(rows: list[tuple[Image.Image, str, np.ndarray]], stem: Path, fps:
             top = number * (height + gap)
             row_start(draw, sheet, top, image, prompt)
             for column, frame in enumerate(show(video)):
-                sheet.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST),
+                smooth = Image.Resampling.NEAREST if len(frame) < height else Image.Resampling.LANCZOS
+                sheet.paste(Image.fromarray(frame).resize((width, height), smooth),
                             (width + text + column * (width + gap), top))
         return sheet
 
-    save_image(page(frames, list), stem.with_suffix(".png"))
+    if still:
+        save_image(page(frames, list), stem.with_suffix(".png"))
     playing = [np.asarray(page(1, lambda video: [video[min(i, len(video) - 1)]])) for i in range(frames)]
     save_video(np.stack(playing), stem.with_suffix(".gif"), fps, {"prompts": [prompt for _, prompt, _ in rows]})

@@ -24,7 +24,6 @@ from PIL import Image
 import checkpoint
 import distributed
 import media
-import sample
 import world
 from checkpoint import BadInput
 from encoders import GroundedSAM
@@ -50,11 +49,11 @@ def class_of(subject: float, background: float, height: int, args: argparse.Name
 
 
 def videos_of(args: argparse.Namespace, clip: Clip, model: Path, device) -> Iterator[tuple[str, callable]]:
-    """Names of videos, and functions that give each one's frames, caption, and mask of the subject in the first frame."""
+    """Names of videos, and functions that give each one's frames, caption, noun, and mask of the subject in the first frame."""
     if args.data is None:
         def toy(i):
             drawn = world.sample_masked(np.random.default_rng((args.seed, 41, i)), "test")
-            return drawn["video"], drawn["text"], drawn["masks"][0]
+            return drawn["video"], drawn["text"], world.NOUN, drawn["masks"][0]
 
         yield from ((f"{i:06d}", lambda i=i: toy(i)) for i in range(args.count or 64))
         return
@@ -66,7 +65,7 @@ def videos_of(args: argparse.Namespace, clip: Clip, model: Path, device) -> Iter
         mask = segmenters[0](Image.fromarray(example.video[0]), example.noun or example.text)
         if mask is None:
             raise BadInput("no subject was found in its first frame")
-        return example.video, example.text, np.asarray(mask) > 127
+        return example.video, example.text, example.noun, np.asarray(mask) > 127
 
     yield from ((f"{i:06d}", lambda i=i: real(i)) for i in range(min(args.count or len(videos), len(videos))))
 
@@ -80,9 +79,12 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
     def work(todo: list[dict]) -> Iterator[dict]:
         for item in todo:
             try:
-                frames, text, mask = sources[item["id"]]()
+                frames, text, noun, mask = sources[item["id"]]()
             except (Broken, BadInput) as error:
                 yield {**item, "kept": False, "why": f"unusable: {error}"}
+                continue
+            if mask.all() or not mask.any():
+                yield {**item, "kept": False, "why": "its subject fills the first frame, or is not in it"}
                 continue
             moved = flow_from_first(frames, flow).mean(dim=0).numpy()
             subject, background = float(moved[mask].mean()), float(moved[~mask].mean())
@@ -90,7 +92,7 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
             real, first = run.path("classes", item["id"], ".mp4"), run.path("classes", item["id"], ".png")
             media.save_video(frames, real, clip.fps, {"text": text})
             media.save_image(Image.fromarray(frames[0]), first)
-            yield {**item, "text": text, "class": found, "subject": subject, "background": background, "kept": found is not None,
+            yield {**item, "text": text, "noun": noun, "class": found, "subject": subject, "background": background, "kept": found is not None,
                    **({"why": why} if why else {}), "real": str(real.relative_to(run.out)), "first": str(first.relative_to(run.out))}
 
     settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed, "flow": flow.name,
@@ -102,45 +104,47 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
 
 
 def motion(args: argparse.Namespace) -> None:
+    from evaluate import made_by, make  # whose command this is
     from flow import Flow
+    from i3d import frechet_distance, fvd_features, load_i3d
     from scorers import Similarity
 
     ranks, model = distributed.start(args.device), checkpoint.resolve(args.own or "checkpoints/toy")
     clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
+    if clip.frames % 8 != 1 or clip.frames < 9:
+        raise BadInput(f"--frames {clip.frames}: a video has 8k+1 frames, 9 at least.")
+    size = ["--frames", str(clip.frames), "--height", str(clip.height), "--width", str(clip.width), "--fps", str(clip.fps)]
+    flags = [*size, *(["--device", args.device] if args.device else []), *args.sample]
+    # What is needed in the end is looked at in the beginning.
+    network = load_i3d(args.i3d).to(ranks.device) if args.i3d is not None else None
+    likeness = None if network else Similarity(model, ranks.device)
+    made_by(args.out, {"image": not args.no_image}, flags)
     run = Run(args.out, ranks)
     chosen = classify(args, run, clip, model, Flow(args.raft, ranks.device))
     if not chosen:
         raise BadInput(f"No video is left in any class: {args.out / 'classes.jsonl'} says why.")
-    listing, made = args.out / "list.jsonl", args.out / "videos"
+    listing = args.out / "list.jsonl"
     if ranks.first:
-        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed, **({} if args.no_image else {"image": str(
+        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed, **({"noun": item["noun"]} if item["noun"] else {}), **({} if args.no_image else {"image": str(
             (args.out / item["first"]).resolve())})} for item in chosen]
         with checkpoint.replace_when_whole(listing) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     ranks.wait()
-    size = ["--frames", str(clip.frames), "--height", str(clip.height), "--width", str(clip.width), "--fps", str(clip.fps)]
-    status = sample.main(["--prompts", str(listing), "--out", str(made), *size, *args.sample])
-    if status:
-        raise SystemExit(status)
+    make(listing, args.out, flags)
     ranks.wait()
     if not ranks.first:
         return
-    if args.i3d is not None:
-        from i3d import fvd_features, load_i3d
-
-        network, by = load_i3d(args.i3d).to(ranks.device), "FVD, by I3D"
-        features = lambda videos: fvd_features(videos, network, ranks.device)
+    if network is not None:
+        by, features = "FVD, by I3D", lambda videos: fvd_features(videos, network, ranks.device)
     else:
-        likeness, by = Similarity(model, ranks.device), f"Frechet distance of {model}'s own DINO features of frames: no --i3d"
+        by = f"Frechet distance of {model}'s own DINO features of frames: no --i3d"
         features = lambda videos: torch.cat([likeness.features([Image.fromarray(frame) for frame in video]).cpu() for video in videos])
-    from i3d import frechet_distance
-
     rows = {}
     for name in CLASSES:
         of_class = [item for item in chosen if item["class"] == name]
-        if of_class:
-            real, fake = ([media.read_video(file(item)) for item in of_class] for file in
-                          (lambda item: args.out / item["real"], lambda item: made / f"{item['id']}.mp4"))
+        if len(of_class) > 1 or (of_class and network is None):  # of a single video there is no covariance
+            real = (media.read_video(args.out / item["real"]) for item in of_class)  # one at a time
+            fake = (media.read_video(args.out / "videos" / f"{item['id']}.mp4") for item in of_class)
             rows[name] = {"videos": len(of_class), "distance": frechet_distance(features(real), features(fake))}
     with checkpoint.replace_when_whole(args.out / "motion.json") as part:
         part.write_text(json.dumps({"by": by, "classes": rows}, indent=2) + "\n", encoding="utf-8")

@@ -58,6 +58,7 @@ class Request:
     image: str | None = None
     mask: str | None = None
     subject: str | None = None
+    noun: str | None = None  # of the subject in the prompt, where it is not the one to cut out
     fit: str | None = None
     source: Image.Image | None = None
     cutout: Image.Image | None = None
@@ -192,7 +193,7 @@ class Sampler:
 
     def prompt(self, request: Request) -> str:
         """The prompt as the adapter was trained to read it, that is with <cls>."""
-        return request.prompt if self.adapter.cls == "none" else add_cls(request.prompt, request.subject)
+        return request.prompt if self.adapter.cls == "none" else add_cls(request.prompt, request.noun or request.subject)
 
     def encode_text(self, prompts: list[str]) -> dict[str, Tensor]:
         encoder = TextEncoder(self.folder, self.adapter.cls, self.config.max_text_seq_length, self.dtype)
@@ -279,7 +280,7 @@ class Sampler:
             if image is not None:
                 media.save_image(image, request.out.with_name(f"{request.out.stem}-{name}.png"))
         asked = {name: getattr(request, name) for name in
-                 ("prompt", "negative_prompt", "seed", "image", "mask", "subject", "fit")}
+                 ("prompt", "negative_prompt", "seed", "image", "mask", "subject", "noun", "fit")}
         about = {**asked, "model": self.name, "adapter": self.adapter_file and str(self.adapter_file),
                  "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), **asdict(settings)}
         media.save_video(frames, request.out, settings.fps, about)

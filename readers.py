@@ -68,6 +68,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def clip_of(args: argparse.Namespace, config: Config) -> Clip:
     """The clips that are asked for; what is not said is what the model was made for (1.5: 768x1360 at 16 fps)."""
+    for name in ("frames", "height", "width", "fps"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise BadInput(f"--{name} {getattr(args, name)}: choose more than 0.")
     if not 0 < args.share <= 1 or not 0 <= args.broken <= 1:
         raise BadInput(f"--share {args.share} and --broken {args.broken} are shares: choose from 0 to 1.")
     new = config.patch_t == 2
@@ -88,6 +91,8 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     source: None is the toy's world (endless: `toy_count` of it), else the folder of a cache, or what the stream's reader
     takes; out: where skipped.jsonl is written.
     """
+    if count is not None and count < 1:
+        raise BadInput(f"{count} examples of {stream} were asked for: choose 1 or more.")
     if source is None:
         return Toy(stream, args.seed), count or toy_count
     path = Path(source)
@@ -96,6 +101,7 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     if (path / "index.json").exists():
         cache = Cache(path)
         cache.check(encoder, stream)
+        cache.check_clip({name: getattr(args, name) for name in ("frames", "height", "width", "fps")})
         encoder.null = cache.null()
         dataset = cache
     elif stream == "pairs":
@@ -137,14 +143,17 @@ class Row(NamedTuple):
 
 def read_manifest(file: Path) -> list[Row]:
     """The rows of a manifest: CSV with a heading, JSONL, or parquet."""
-    if file.suffix == ".parquet":
+    if file.suffix.lower() not in (".parquet", ".csv", ".jsonl"):
+        raise BadInput(f"{file} is no manifest: .csv with a heading, .jsonl and .parquet are read, or a folder of videos.")
+    if file.suffix.lower() == ".parquet":
         opened = parquet(file)
         chosen = choose(file, opened.schema_arrow.names)
         table = opened.read(columns=[name for name in chosen if name]).to_pydict()
         rows = zip(*(table[name] if name else [""] * opened.metadata.num_rows for name in chosen))
     else:
-        with file.open(encoding="utf-8", errors="replace", newline="") as lines:
-            if file.suffix == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:  # a spreadsheet writes a mark in front
+            if file.suffix.lower() == ".csv":
                 reader = csv.reader(lines)
                 heading = next(reader, [])
                 places = [heading.index(name) if name else None for name in choose(file, heading)]
@@ -165,6 +174,8 @@ def json_rows(file: Path, lines):
         if isinstance(row, dict) and row and chosen is None:
             chosen = choose(file, list(row))
         yield tuple(row.get(name, "") if name and isinstance(row, dict) else "" for name in chosen or ("", "", ""))
+    if chosen is None:
+        raise BadInput(f"{file} has no line that is a JSON object.")
 
 
 def choose(file: Path, names: list[str]) -> list[str | None]:
@@ -202,7 +213,10 @@ class Subjects200K:
             if lacking:
                 raise BadInput(f"{file} has no column {lacking[0]}: it has {', '.join(opened.schema_arrow.names)}.")
             for group in range(opened.num_row_groups):  # the pictures are not read yet
-                table = opened.read_row_group(group, columns=["quality_assessment", "description"]).to_pylist()
+                try:
+                    table = opened.read_row_group(group, columns=["quality_assessment", "description"]).to_pylist()
+                except OSError as error:
+                    raise BadInput(f"{file} is damaged in row group {group}: {str(error).splitlines()[0]}") from error
                 self.rows += [(file, group, row) for row, about in enumerate(table) if self.good(about)]
         if not self.rows:
             raise BadInput(f"None of the rows in {path} has three quality scores of 5 and valid descriptions.")
@@ -216,10 +230,10 @@ class Subjects200K:
 
     def __getitem__(self, i: int) -> Example:
         file, group, row = self.rows[i // 2]
-        about = row_group(file, group)[row]
         try:
+            about = row_group(file, group).slice(row, 1).to_pylist()[0]
             picture = Image.open(io.BytesIO(about["image"]["bytes"])).convert("RGB")
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Broken(f"row {row} of row group {group} of {file.name}: {error}") from error
         margin, side = (16, 1024) if about.get("collection") == "collection_3" else (8, 512)
         if picture.size != (2 * side + 3 * margin, side + 2 * margin):
@@ -228,16 +242,16 @@ class Subjects200K:
         views = [picture.crop((x, margin, x + side, margin + side)) for x in (margin, 2 * margin + side)]
         reference, target = views if i % 2 == 0 else views[::-1]
         description, number = about["description"], 1 - i % 2
-        return Example(fitted(target, self.side, self.side, self.small)[None], caption_of(description[f"description_{number}"]),
+        return Example(fitted(target, self.side, self.side, self.small)[None], caption_of(description.get(f"description_{number}")),
                        Image.fromarray(fitted(reference, self.side, self.side, self.small)), description.get("item") or None)
 
 
 @lru_cache(maxsize=2)
-def row_group(file: Path, number: int) -> list[dict]:
-    """Parquet is read a row group at a time; both directions of a pair, and a cache's next example, are in the same one."""
+def row_group(file: Path, number: int):
+    """A table. Parquet is read a row group at a time; both directions of a pair, and a cache's next example, are in the same one."""
     opened = parquet(file)
     wanted = [name for name in ("image", "description", "collection") if name in opened.schema_arrow.names]
-    return opened.read_row_group(number, columns=wanted).to_pylist()
+    return opened.read_row_group(number, columns=wanted)
 
 
 def caption_of(text: str | None) -> str:
@@ -257,7 +271,7 @@ class Videos:
     def __init__(self, path: Path, clip: Clip, seed: int = 0, share: float = 1.0):
         self.path, self.clip, self.seed = path, clip, seed
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FORMATS)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in FORMATS and file.name[0] != ".")
             if not files:
                 raise BadInput(f"{path} holds no videos ({', '.join(FORMATS)}).")
             if not any(file.with_suffix(".txt").exists() for file in files):
@@ -281,8 +295,11 @@ class Videos:
         # A manifest that lists the addresses that videos were downloaded from is read as one of their names.
         name = row.video.rstrip("/").rsplit("/", 1)[-1] if "://" in row.video else row.video
         file = folder / name
-        if not file.is_file():
-            raise Broken(f"{file} does not exist")
+        try:
+            if not file.is_file():
+                raise Broken(f"{file} does not exist")
+        except OSError as error:
+            raise Broken(f"{name[:80]}...: {error.strerror}") from error
         beside = file.with_suffix(".txt")
         text = row.text or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
         try:
@@ -388,7 +405,9 @@ class DreamBench:
                 continue
             if noun not in kinds:
                 raise BadInput(f"{listing} has a class {noun!r}, which is none of SUGAR's animals, active and static objects.")
-            files = sorted(file for file in (folder / subject).glob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+            files = sorted(file for file in (folder / subject).glob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png") and file.name[0] != ".")
+            if not files:
+                raise BadInput(f"{folder / subject} has no photographs, though {listing.name} lists the subject.")
             self.photographs += [Photograph(subject, noun, kinds[noun], file) for file in files]
         if not self.photographs:
             raise BadInput(f"{folder} has none of the subjects that its prompts_and_classes.txt lists.")

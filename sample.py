@@ -38,9 +38,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description="Image + prompt -> video.")
     p.add_argument("--image", help="the subject (Switch, SUGAR) or the first frame (image to video); without: text to video")
     p.add_argument("--prompt")
-    p.add_argument("--prompts", metavar="FILE.jsonl", help='many: {"prompt": ..., and any of "image", "mask", "subject", '
+    p.add_argument("--prompts", metavar="FILE.jsonl", help='many: {"prompt": ..., and any of "image", "mask", "subject", "noun", '
                    '"negative_prompt", "seed", "name"} a line; paths are relative to the file')
     p.add_argument("--negative-prompt", default="")
+    p.add_argument("--noun", help="the subject's noun in the prompt, before which <cls> stands (default: --subject, else in front)")
     p.add_argument("--model", default="checkpoints/toy", help="folder in the diffusers layout, or hub id (default: %(default)s)")
     p.add_argument("--adapter", help="Switch adapter: a .safetensors file or its folder")
     p.add_argument("--out", default="samples/", help="FILE.mp4, FILE.gif or a folder (default: %(default)s)")
@@ -119,7 +120,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
     if (args.prompt is None) == (args.prompts is None):
         raise BadInput("Give either --prompt TEXT or --prompts FILE.jsonl.")
     check_seed(args.seed, "--seed")
-    common = Request("", args.negative_prompt, args.seed, out, args.image, args.mask, args.subject)
+    common = Request("", args.negative_prompt, args.seed, out, args.image, args.mask, args.subject, args.noun)
     if args.prompt is not None:
         if not args.prompt.strip():
             raise BadInput("--prompt is empty: say what the video shows.")
@@ -155,7 +156,7 @@ def read_line(line: str, number: int, listing: Path, common: Request) -> Request
         entry = json.loads(line)
     except ValueError as error:
         raise BadInput(f"Line {number} of {listing} is not JSON: {error}.") from error
-    kinds = {"prompt": str, "image": str, "mask": str, "subject": str, "negative_prompt": str, "seed": int, "name": str}
+    kinds = {"prompt": str, "image": str, "mask": str, "subject": str, "noun": str, "negative_prompt": str, "seed": int, "name": str}
     if not isinstance(entry, dict) or not all(isinstance(v, kinds.get(k, ())) for k, v in entry.items()):
         raise BadInput(f"Line {number} of {listing} must be an object with {', '.join(kinds)} alone: the seed a whole number, "
                        f"the others text.")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import checkpoint
-from encoders import ImageEncoder, find, image_settings, load_network
+from encoders import ImageEncoder, find, image_settings, load_network, load_tokenizer
 from flow import Flow, flow_magnitude
 from media import fit, image_to_tensor
 
@@ -88,8 +88,8 @@ class DINO:
     """DINO's ViT: unit class tokens."""
 
     def __init__(self, name: str, device="cpu"):
-        self.device, folder = device, checkpoint.resolve(name)
-        self.vit = load_network(folder, "ViTModel", torch.float32, ignore=("pooler.",)).to(device)
+        self.device, folder = device, checkpoint.resolve(name, ("pytorch_model.bin",))
+        self.vit = load_network(folder, "ViTModel", torch.float32, ignore=("pooler.",), pickled=True).to(device)
         self.vit.embeddings.interpolate_pos_encoding = self.positions
 
     def positions(self, embeddings: Tensor, height: int, width: int) -> Tensor:
@@ -116,11 +116,9 @@ class CLIP:
     """CLIP: unit features of pictures and texts."""
 
     def __init__(self, name: str, device="cpu"):
-        from transformers import AutoTokenizer
-
-        self.device, folder = device, checkpoint.resolve(name)
-        self.network = load_network(folder, "CLIPModel", torch.float32).to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.device, folder = device, checkpoint.resolve(name, ("pytorch_model.bin",))
+        self.network = load_network(folder, "CLIPModel", torch.float32, pickled=True).to(device)
+        self.tokenizer = load_tokenizer(folder)
         self.side, *self.statistics = image_settings(folder)
 
     @torch.no_grad()
@@ -152,10 +150,8 @@ class Similarity:
     or the hub's where it has none."""
 
     def __init__(self, model: Path, device="cpu"):
-        from transformers import AutoTokenizer
-
         folder = find(model, "clip")
-        self.device, self.tokenizer = device, AutoTokenizer.from_pretrained(folder)
+        self.device, self.tokenizer = device, load_tokenizer(folder)
         self.side, *statistics = image_settings(folder)
         self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in statistics)
         self.clip = load_network(folder, "CLIPModel", torch.float32).to(device)
@@ -262,10 +258,18 @@ class Scorers:
         network = load_viclip(weights).to(self.device)
         self.of["viclip"] = network.overall_consistency
 
+    @staticmethod
+    def unless_small(score: Callable[[], float]) -> float:
+        """NaN where a network cannot take the video: RAFT and AMT-S need frames of 128 pixels, AMT-S three of them."""
+        try:
+            return score()
+        except checkpoint.BadInput:
+            return float("nan")
+
     def __call__(self, frames: np.ndarray, fps: float, text: str, subject: Image.Image | None) -> dict[str, float]:
         """The scores of one video: cosines, and shares of 1."""
         of, found, images = self.of, {}, [Image.fromarray(frame) for frame in frames]
-        found["dynamic"] = moves(frames, fps, of["flow"])
+        found["dynamic"] = self.unless_small(lambda: moves(frames, fps, of["flow"]))
         for part in ("subject", "background"):
             if part in of:
                 found[part] = consistency(of[part](frames))
@@ -277,10 +281,7 @@ class Scorers:
             if subject is not None:
                 found["clip_i"] = (many @ of["clip"]([subject])[0]).mean().item()
         if "smoothness" in of:
-            try:
-                found["smoothness"] = of["smoothness"](frames)
-            except checkpoint.BadInput:  # fewer than three frames, or too small ones
-                found["smoothness"] = float("nan")
+            found["smoothness"] = self.unless_small(lambda: of["smoothness"](frames))
         if "viclip" in of:
             found["viclip"] = of["viclip"](frames, text)
         return found

@@ -53,8 +53,9 @@ class Run:
             self.check_settings(name, settings | limits)
             return self.say(name)
         self.check_settings(name, settings | limits)
-        mine = samples[self.ranks.rank :: self.ranks.world]
-        todo = [sample for sample in mine if not self.path(name, sample["id"], ".json").exists()]
+        todo = [sample for sample in samples if not self.path(name, sample["id"], ".json").exists()]
+        self.ranks.wait()  # all have looked at the same records; what is left is shared out
+        todo = todo[self.ranks.rank :: self.ranks.world]
         with tqdm(total=len(todo), desc=name, unit="sample", disable=not self.ranks.first, dynamic_ncols=True) as bar:
             for sample in work(todo) if todo else ():
                 self.judge(sample, limits)
@@ -92,7 +93,8 @@ class Run:
         self.ranks.wait()
         if self.ranks.first and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            with checkpoint.replace_when_whole(file) as part:
+                part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         self.ranks.wait()
 
     def say(self, name: str) -> None:
@@ -100,7 +102,7 @@ class Run:
         if not self.ranks.first:
             return
         rows = [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        why = Counter(re.sub(r" -?[\d.]+ <", " <", row["why"]) for row in rows if not row["kept"])
+        why = Counter(re.sub(r" -?[\d.]+ <", " <", row["why"]).split(": ")[0] for row in rows if not row["kept"])
         dropped = "; ".join(f"{count} {reason}" for reason, count in why.most_common())
         print(f"{name}: kept {sum(row['kept'] for row in rows)}, dropped {sum(why.values())}" + (f" ({dropped})" if why else ""))
 

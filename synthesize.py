@@ -18,6 +18,7 @@ Each stage can be stopped at any moment and shared among ranks, and leaves a man
 
 import argparse
 import csv
+import hashlib
 import importlib
 import json
 import re
@@ -128,23 +129,26 @@ def source(run: Run, args: argparse.Namespace) -> None:
 def source_rows(table: Path) -> list[dict]:
     """image, label and kind of each row of a CSV or JSONL file; paths are relative to it."""
     try:
-        with table.open(encoding="utf-8", newline="") as file:
+        with table.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file)) if table.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
     except (OSError, ValueError) as error:
         raise BadInput(f"--source {table} cannot be read: {error}.") from error
-    if not rows or not {"image", "label"} <= rows[0].keys():
-        raise BadInput(f"--source {table} must have the columns image and label.")
-    kinds = {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}
-    return [{"image": str(table.parent / row["image"]), "label": row["label"],
-             "kind": row.get("kind") or kinds.get(row["label"], "active object")} for row in rows]
+    if not rows:
+        raise BadInput(f"--source {table} is empty.")
+    kinds, samples = {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}, []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not row.get("image") or not row.get("label"):
+            raise BadInput(f"Row {number} of --source {table} lacks an image or a label: both columns must be filled.")
+        kind = row.get("kind") or kinds.get(row["label"], "active object")
+        if kind not in CLASSES:
+            raise BadInput(f"Row {number} of --source {table} is of kind {kind!r}; known are {', '.join(CLASSES)}.")
+        samples.append({"image": str(table.parent / row["image"]), "label": row["label"], "kind": kind})
+    return samples
 
 
 def prompt(run: Run, args: argparse.Namespace) -> None:
     """A text from the templates for each picture, --prompts of them; a language model may rewrite it."""
-    templates = json.loads(args.templates.read_text(encoding="utf-8")) if args.templates else (
-        TEMPLATES if args.source else world.templates())
-    if not {"style", "texture", "colour", "background", "motion"} <= templates.keys():
-        raise BadInput(f"--templates {args.templates} must have style, texture, colour, background and motion.")
+    templates = templates_of(args)
     samples = [{**sample, "id": f"{sample['id']}-{i}"} for sample in run.samples("source") for i in range(args.prompts)]
 
     def work(todo: list[dict]) -> Iterator[dict]:
@@ -156,8 +160,22 @@ def prompt(run: Run, args: argparse.Namespace) -> None:
                 sample["text"] = rewrite(sample["text"], sample["label"])
             yield sample
 
-    run.stage("prompt", samples, {"templates": args.templates and str(args.templates), "llm": args.llm, "prompts": args.prompts},
-              work, lambda sample: [Path(sample["image"])], {})
+    digest = hashlib.sha256(json.dumps(templates).encode()).hexdigest()[:16]
+    run.stage("prompt", samples, {"templates": digest, "llm": args.llm, "prompts": args.prompts, "seed": args.seed}, work, lambda sample: [Path(sample["image"])], {})
+
+
+def templates_of(args: argparse.Namespace) -> dict:
+    """Those of --templates, else the toy's for the toy's world, else our own."""
+    if args.templates is None:
+        return TEMPLATES if args.source else world.templates()
+    templates = checkpoint.read_json(args.templates)
+    motion = templates.get("motion")
+    lists = [templates.get(name) for name in ("style", "texture", "colour", "background")]
+    lists += [motion.get(kind) for kind in CLASSES] if isinstance(motion, dict) else [motion]
+    if not all(isinstance(of, list) and all(isinstance(text, str) for text in of) for of in lists) or not lists[3] or not any(lists[:3]):
+        raise BadInput(f"--templates {args.templates} must have lists of texts for style, texture, colour, background, and motion, "
+                       f"the last for each of {', '.join(CLASSES)} or for all.")
+    return templates
 
 
 def compose(templates: dict, label: str, kind: str, seed) -> dict:
@@ -197,8 +215,6 @@ def customize(run: Run, args: argparse.Namespace) -> None:
     sampler = Sampler(args.model, args.adapter, str(run.ranks.device))
     settings = sampler.defaults()
     side = args.image_side or settings.height
-    if side % 16 or side < 16:
-        raise BadInput(f"--image-side {side} is not a multiple of 16.")
     settings = replace(settings, frames=1, height=side, width=side, steps=args.steps)
 
     def work(todo: list[dict]) -> Iterator[dict]:
@@ -211,7 +227,7 @@ def customize(run: Run, args: argparse.Namespace) -> None:
                 picture = Image.fromarray(media.video_to_frames(video)[0])
                 yield {**sample, "customized": save_picture(run, "customize", sample["id"], picture)}
 
-    run.stage("customize", run.samples("prompt"), {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side},
+    run.stage("customize", run.samples("prompt"), {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side, "seed": args.seed},
               work, lambda sample: [Path(sample["image"]), Path(sample["customized"])], {})
 
 
@@ -270,8 +286,6 @@ def pad_to(picture: Image.Image, height: int, width: int) -> tuple[Image.Image, 
 def animate(run: Run, args: argparse.Namespace) -> None:
     """The picture becomes the first frame of a video."""
     sampler = Sampler(args.i2v, None, str(run.ranks.device))
-    if sampler.kind != "i2v":
-        raise BadInput(f"--i2v {args.i2v} is no image-to-video model.")
     settings = replace(sampler.defaults(), steps=args.steps)
 
     def work(todo: list[dict]) -> Iterator[dict]:
@@ -283,7 +297,7 @@ def animate(run: Run, args: argparse.Namespace) -> None:
                 media.save_video(media.video_to_frames(video), request.out, settings.fps, {"text": sample["text"]})
                 yield {**sample, "video": str(request.out.relative_to(run.out))}
 
-    run.stage("animate", run.samples("fit"), {"i2v": args.i2v, "steps": args.steps}, work,
+    run.stage("animate", run.samples("fit"), {"i2v": args.i2v, "steps": args.steps, "seed": args.seed}, work,
               lambda sample: [Path(sample["image"]), Path(sample["video"])], {})
 
 
@@ -339,11 +353,32 @@ STAGES = {"source": source, "prompt": prompt, "customize": customize, "filter-im
           "animate": animate, "filter-videos": filter_videos, "triplets": triplets}
 
 
+def check(args: argparse.Namespace, device: str) -> None:
+    """All that the later stages need, looked at before the first one works."""
+    if "prompt" in args.stages:
+        templates_of(args)
+    if "source" in args.stages and args.source is not None:
+        source_rows(args.source)
+    if "customize" in args.stages:
+        Sampler(args.model, args.adapter, device)
+        if args.image_side is not None and (args.image_side % 16 or args.image_side < 16):
+            raise BadInput(f"--image-side {args.image_side} is not a multiple of 16.")
+    if "animate" in args.stages and Sampler(args.i2v, None, device).kind != "i2v":
+        raise BadInput(f"--i2v {args.i2v} is no image-to-video model.")
+    if "fit" in args.stages and args.inpaint:
+        hook(args.inpaint)
+    if {"filter-images", "filter-videos"} & set(args.stages):
+        Similarity(checkpoint.resolve(args.model))
+    if "filter-videos" in args.stages:
+        Flow(args.raft)
+
+
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
     for name in ("count", "prompts", "steps"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: choose 1 or more.")
+    check(args, str(ranks.device))
     for name in STAGES:
         if name in args.stages:
             STAGES[name](Run(args.out, ranks), args)

@@ -495,10 +495,12 @@ def score(args: argparse.Namespace) -> None:
                "switch": ["--", "--model", args.out, "--adapter", args.out / "switch"],
                "sugar": ["--looks", "--", "--model", args.out / "sugar"]}
     for method, more in folders.items():
+        shutil.rmtree(args.work / "score" / method, ignore_errors=True)  # the checkpoint may be another by now
         command = ["generate", "--out", args.work / "score" / method, "--count", args.count, *more, "--steps", 25]
         if evaluate.main([*map(str, command), *(["--device", args.device] if args.device else [])]):
             raise BadInput(f"The videos of {method} could not be made.")
-    evaluate.main(["score", *(str(args.work / "score" / method) for method in folders), "--own", str(args.out)])
+    if evaluate.main(["score", *(str(args.work / "score" / method) for method in folders), "--own", str(args.out)]):
+        raise BadInput("The videos could not be scored.")
 
 
 if __name__ == "__main__":

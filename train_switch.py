@@ -116,12 +116,6 @@ def run(args: argparse.Namespace) -> None:
                        f"temporal patch of 1, that is CogVideoX-5b or the toy.")
     if args.plan:
         return plan_run(config, adapter, folder, args, ranks.world) if ranks.first else None
-    torch.manual_seed(args.seed)
-    weights = checkpoint.need(folder, "transformer")
-    model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
-    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
-    alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
-
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)
@@ -130,6 +124,12 @@ def run(args: argparse.Namespace) -> None:
                                                   ("video", "videos", args.video_data, args.videos, 400)):
         dataset, length = open_data(source, kind, count, toy_count, clip, args, encoder, args.out / kind)
         streams[phase] = Stream(dataset, length, encoder, args.seed)
+
+    torch.manual_seed(args.seed)
+    weights = checkpoint.need(folder, "transformer")
+    model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
+    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
+    alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
 
     def plan(step: int) -> tuple[str, int]:
         phase = phase_of(step, args)

@@ -263,6 +263,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
             model.eval()
             validate(state.step)
     bar.close()
+    stop.restore()
     if ranks.first and state.step < options.steps:
         print(f"stopped by a signal after step {saved}; the same command goes on from there", file=sys.stderr)
     if average:  # the averaged weights are what a finished run hands on
@@ -310,7 +311,10 @@ class stop_on_signal:
 
     def __init__(self):
         self.asked = False
-        signal.signal(signal.SIGTERM, self.note)
+        self.before = signal.signal(signal.SIGTERM, self.note)
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGTERM, self.before)
 
     def note(self, *_) -> None:
         self.asked = True

@@ -39,7 +39,7 @@ def test_students_interval():
 
 
 @pytest.mark.parametrize("differences,said", [((0.2, 0.21, 0.19), "holds"), ((-0.2, -0.21, -0.19), "does not hold"),
-                                              ((0.2, -0.2, 0.1), "undecided"), ((0.3,), "no verdict (one seed)")])
+                                              ((0.2, -0.2, 0.1), "undecided"), ((0.3, 0.3), "no verdict (fewer than 3 seeds)")])
 def test_a_verdict_is_about_differences_seed_by_seed(differences, said):
     base = np.random.default_rng(0).normal(0, 5, len(differences))  # seeds differ by far more than the rows do
     results = {"a": [{"look": b + d} for b, d in zip(base, differences)], "b": [{"look": b} for b in base]}

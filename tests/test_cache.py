@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from cli import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cache
 import distributed
@@ -75,9 +75,16 @@ def test_a_cache_for_something_else_is_refused(base, ranks, tmp_path):
     written.check(encoder, "videos")
     for other, stream, reason in ((encoder, "pairs", "stream = videos, and this run needs pairs"),
                                   (Encoder(base, "none", toy.TOKENS, "cpu", reference_frames=2), "videos", "cls = token"),
-                                  (Encoder(base, "token", toy.TOKENS, "cpu"), "videos", "reference_frames = 2, and this run needs 4")):
+                                  (Encoder(base, "token", toy.TOKENS, "cpu", reference_frames=1), "videos", "reference_frames = 2, and")):
         with pytest.raises(BadInput, match=reason):
             written.check(other, stream)
+    written.check(Encoder(base, "token", toy.TOKENS, "cpu"), "videos")  # any number of frames to choose from will do
+    trained = tmp_path / "trained"  # the same base with another VAE
+    shutil.copytree(base, trained)
+    tensors = load_file(trained / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in tensors.items()}, trained / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="weights = "):
+        written.check(Encoder(trained, "token", toy.TOKENS, "cpu", reference_frames=2), "videos")
     (tmp_path / "cache" / "index.json").write_text('{"metadata": {}}')
     with pytest.raises(BadInput, match="is not the index of a cache"):
         Cache(tmp_path / "cache")
@@ -110,11 +117,11 @@ def test_training_from_a_cache_is_training_without_and_loads_no_other_network(ba
 
 
 def test_two_ranks_write_what_one_rank_writes(base, tmp_path):
-    arguments = ["cache", "--as", "videos", "--count", "130", "--model", base, "--device", "cpu", "--reference-frames", "1"]
+    arguments = ["cache", "--as", "pairs", "--count", "66", "--model", base, "--device", "cpu", "--reference-frames", "1"]
     run("data.py", *arguments, "--out", tmp_path / "one")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "data.py", *arguments, "--out", tmp_path / "two")
     files = sorted(file.name for file in (tmp_path / "one").glob("shard-*"))
-    assert len(files) == 3 and files == sorted(file.name for file in (tmp_path / "two").glob("shard-*"))
+    assert len(files) == 2 and files == sorted(file.name for file in (tmp_path / "two").glob("shard-*"))
     assert all(equal(load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)) for name in files)
     assert json.loads((tmp_path / "one" / "index.json").read_text()) == json.loads((tmp_path / "two" / "index.json").read_text())
 
@@ -122,6 +129,7 @@ def test_two_ranks_write_what_one_rank_writes(base, tmp_path):
 @pytest.mark.parametrize("arguments,phrase", [
     ("--image-data nowhere", "There is no nowhere"), ("--image-data {empty}", "holds no parquet files"),
     ("--video-data {empty}", "holds no videos"), ("--frames 10", "the nearest are 9 and 17"), ("--height 50", "multiples of 16"),
+    ("--frames -7", "choose more than 0"), ("--images 0", "--images 0"),
     ("--share 0", "--share 0.0"), ("--video-data {text}", "has no column for the video"),
 ])
 def test_data_of_the_wrong_kind(arguments, phrase, base, tmp_path, capfd):

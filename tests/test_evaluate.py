@@ -169,7 +169,8 @@ def truth(folder: Path, count: int, looks, seed: int, render) -> Path:
     rows = evaluate.rows_of(args)
     (folder / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for i, row in enumerate(rows):
-        media.save_video(render(ToyTest(seed, tuple(world.LOOKS) if looks else ("plain",))[i]), folder / f"{row['name']}.mp4", 8, {})
+        example = ToyTest(seed, tuple(world.LOOKS) if looks else ("plain",))[i]
+        media.save_video(render(example), folder / "videos" / f"{row['name']}.mp4", 8, {})
     return folder
 
 
@@ -186,14 +187,20 @@ def test_true_clips_score_at_the_top_and_noise_at_the_bottom(base, tmp_path, see
     # A second time nothing is scored again; a video that is missing, or one too many, is named.
     before = (good / "scores.jsonl").read_text()
     assert evaluate.main(["score", str(good), "--own", str(base)]) == 0 and (good / "scores.jsonl").read_text() == before
-    next(good.glob("*.mp4")).rename(good / "stranger.mp4")
+    # A video that has changed is scored again; what a killed run left behind is no video.
+    videos = sorted((good / "videos").glob("*.mp4"))
+    media.save_video(rng.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8), videos[0], 8, {})
+    (good / "videos" / ".part-abc.mp4").write_bytes(b"half a video")
+    assert evaluate.main(["score", str(good), "--own", str(base)]) == 0
+    assert json.loads((good / "scores.json").read_text())["means"]["identity"]["mean"] < 1
+    videos[1].rename(good / "videos" / "stranger.mp4")
     assert evaluate.main(["score", str(good), "--own", str(base)]) == 2
     assert re.search(r"has 4 prompts and 4 videos: 1 without a video \(.*\.mp4\), 1 videos without a prompt \(stranger.mp4\)", capsys.readouterr().err)
 
 
 def test_a_still_clip_is_consistent_and_unreadable_ones_are_listed(base, tmp_path, capsys):
     folder = truth(tmp_path / "videos", 3, False, 1, lambda example: np.repeat(example.video[:1], 9, axis=0))
-    one, two, _ = sorted(folder.glob("*.mp4"))
+    one, two, _ = sorted((folder / "videos").glob("*.mp4"))
     one.write_bytes(one.read_bytes()[:200])
     media.save_video(np.zeros((1, 64, 64, 3), np.uint8), two, 8, {})
     assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
@@ -211,13 +218,19 @@ def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
     assert evaluate.main(["score", str(out), "--own", str(base)]) == 0
     names = [line["name"] for line in map(json.loads, (out / "scores.jsonl").read_text().splitlines())]
     assert json.loads((out / "prompts.json").read_text()).keys() == {f"{name}.mp4" for name in names}
-    assert (out / "table.md").read_text().count("\n") == 4
+    assert (out / "table.md").read_text().count("\n") == 4 and len(list((out / "seen").glob("*.png"))) == 4
+    said = json.loads((out / "list.jsonl").read_text().splitlines()[0])
+    assert said["noun"] == world.NOUN  # so that <cls> stands where training put it
+    # Another model must not go on with these videos.
+    capsys.readouterr()
+    assert evaluate.main(["generate", "--out", str(out), "--count", "2", "--", "--model", str(base), "--steps", "2", "--device", "cpu"]) == 2
+    assert "were made with adapter = " in capsys.readouterr().err
     assert evaluate.main(["sheet", str(out), str(out), "--count", "2", "--frames", "3"]) == 0
-    assert Image.open(out / "sheet.png").height > 150 and Image.open(out / "playing.gif").n_frames > 1
+    assert Image.open(out / "sheet.png").height > 150 and Image.open(out / "sheet.gif").n_frames > 1
 
 
 def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
-    def resolve(name):
+    def resolve(name, more=()):
         raise BadInput(f"{name} is not here")
 
     monkeypatch.setattr(scorers.checkpoint, "resolve", resolve)
@@ -227,7 +240,8 @@ def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
     assert found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == {"dynamic": 0}
 
 
-def test_bad_input(tmp_path, capsys):
+def test_bad_input(base, tmp_path, capsys):
     assert evaluate.main(["generate", "--set", "sugar", "--out", str(tmp_path)]) == 2
     assert "--set sugar needs --dreambench" in capsys.readouterr().err
-    assert evaluate.main(["score", str(tmp_path / "nowhere"), "--own", str(tmp_path)]) == 2
+    assert evaluate.main(["score", str(tmp_path / "nowhere"), "--own", str(base)]) == 2
+    assert "nowhere/videos.jsonl" in capsys.readouterr().err

@@ -125,6 +125,22 @@ def test_views_smaller_than_asked_for_are_skipped_or_enlarged(tmp_path):
     assert Subjects200K(folder, side=640, small="enlarge")[0].video.shape == (1, 640, 640, 3)
 
 
+def test_a_damaged_row_group_is_a_broken_example(tmp_path):
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (528, 1048, 3), dtype=np.uint8))
+    data = io.BytesIO()
+    picture.save(data, "png")
+    folder = subjects200k(tmp_path, [{"png": data.getvalue()}])
+    dataset = Subjects200K(folder, side=64)
+    file = next(folder.rglob("*.parquet"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 5000] = bytes(5000)
+    file.write_bytes(content)
+    readers.row_group.cache_clear()
+    with pytest.raises(Broken):
+        dataset[0]
+
+
 def test_parquet_that_is_none(tmp_path):
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(BadInput, match="train.parquet is truncated, or no parquet file"):
@@ -166,9 +182,9 @@ def test_the_middle_of_the_picture_is_kept(tmp_path):
 
 
 def test_sizes_are_those_that_are_shown(videos, tmp_path):
-    assert probe(videos / "odd.mp4")[1:] == (97, 65) and abs(probe(videos / "plain.mp4").seconds - 4) < 0.1
+    assert probe(videos / "odd.mp4")[1:] == (97, 65, 24) and abs(probe(videos / "plain.mp4").seconds - 4) < 0.1
     ffmpeg("-display_rotation", 90, "-i", videos / "plain.mp4", "-c", "copy", tmp_path / "turned.mp4")
-    assert probe(tmp_path / "turned.mp4")[1:] == (64, 96)
+    assert probe(tmp_path / "turned.mp4")[1:3] == (64, 96)
     assert readers.decode(tmp_path / "turned.mp4", Clip(9, 96, 64), np.random.default_rng(0)).shape == (9, 96, 64, 3)
 
 
@@ -192,9 +208,10 @@ ROWS = [{"video": "plain.mp4", "caption": "it gets brighter"}, {"video": "https:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_manifests(kind, videos):
+    """Also with what a spreadsheet puts in front of a CSV."""
     file = videos / f"manifest.{kind}"
     if kind == "csv":
-        file.write_text("\n".join(["id,Video,caption", *(f'{i},{row["video"]},"{row["caption"]}"' for i, row in enumerate(ROWS))]))
+        file.write_text("\ufeff" + "\n".join(["Video,id,caption", *(f'{row["video"]},{i},"{row["caption"]}"' for i, row in enumerate(ROWS))]))
     elif kind == "jsonl":
         file.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n")
     else:
@@ -205,6 +222,21 @@ def test_manifests(kind, videos):
     for i, reason in ((2, "sound.mp4: it has sound"), (3, "caption is empty"), (4, "gone.mp4 does not exist")):
         with pytest.raises(Broken, match=reason):
             data[i]
+
+
+def test_sound_that_goes_on_and_loops_that_would_never_end(videos, tmp_path):
+    ffmpeg("-i", videos / "plain.mp4", "-f", "lavfi", "-i", "sine=duration=20", "-c:v", "copy", tmp_path / "long.mp4")
+    assert probe(tmp_path / "long.mp4").seconds > 15  # the pictures take four of them
+    for i in range(3):
+        assert len(readers.decode(tmp_path / "long.mp4", CLIP, np.random.default_rng(i))) == 9
+    damaged = bytearray((videos / "short.mp4").read_bytes())
+    at = damaged.index(b"mdat") + 8
+    damaged[at : at + 600] = bytes(600)
+    (tmp_path / "damaged.mp4").write_bytes(damaged)
+    try:
+        readers.decode(tmp_path / "damaged.mp4", replace(CLIP, short="loop"), np.random.default_rng(0))
+    except BadInput:
+        pass  # what can be saved of it does not matter, but that it comes to an end
 
 
 def test_a_folder_with_captions_beside_the_videos(videos, tmp_path):
@@ -316,6 +348,11 @@ def test_a_broken_example_is_replaced_by_the_next_and_listed_once(tmp_path):
     assert again[2] == 4
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert lines == [{"example": i, "reason": f"{i} is bad"} for i in (2, 3, 9)]
+
+
+def test_without_tolerance_the_first_broken_example_stops_the_run(tmp_path):
+    with pytest.raises(BadInput, match="1 of the first 1 examples"):
+        Tolerant(Numbers({0}), 10, tmp_path / "skipped.jsonl", share=0)[0]
 
 
 def test_too_many_broken_examples_stop_the_run(tmp_path):

@@ -300,16 +300,6 @@ def test_a_rank_that_starts_late_still_takes_only_its_own_share(here, monkeypatc
     assert sorted(sum(shares, [])) == [f"{i}.mp4" for i in range(5)]
 
 
-def test_a_single_video_is_made_by_one_rank(here, monkeypatch):
-    made = []
-    monkeypatch.setattr(sample.Sampler, "run", lambda self, requests, *args: made.append(requests))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        assert run(f"--prompt 'a fox' {SMALL} --out out.mp4") == 0
-    assert len(made) == 1
-
-
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,7 @@ def test_a_table_of_pictures_and_a_broken_one_among_them(base, tmp_path, capfd):
     (tmp_path / "torn.png").write_bytes((tmp_path / "dog.png").read_bytes()[:40])
     (tmp_path / "source.csv").write_text("image,label\ndog.png,dog\ntorn.png,teapot\ndog.png,axe\n")
     status = synthesize.main(arguments(base, tmp_path / "run", f"--stages source prompt --source {tmp_path / 'source.csv'} --count 9"))
-    assert status == 0 and "source: kept 2, dropped 1 (1 unreadable: " in capfd.readouterr().out
+    assert status == 0 and "source: kept 2, dropped 1 (1 unreadable)" in capfd.readouterr().out
     rows = manifests(tmp_path / "run")
     assert [row["kind"] for row in rows["source"]] == ["animal", "static object", "active object"]
     dog, axe = rows["prompt"]
@@ -199,12 +199,22 @@ def test_an_inpainting_function_can_be_hooked_in(monkeypatch):
 
 @pytest.mark.parametrize("more,phrase", [
     ("--stages customize", "run the stage prompt first"), ("--count 0", "--count 0: choose 1 or more"),
-    ("--source nowhere.csv", "--source nowhere.csv cannot be read"), ("--stages animate --i2v {base}", "is no image-to-video model"),
+    ("--source nowhere.csv", "--source nowhere.csv cannot be read"), ("--i2v {base}", "is no image-to-video model"),
+    ("--raft nowhere.pth", "nowhere.pth"), ("--image-side 50", "--image-side 50 is not a multiple of 16"),
+    ("--inpaint nowhere:black", "MODULE:FUNCTION"), ("--templates {base}/model_index.json", "must have lists of texts"),
 ])
 def test_bad_input(more, phrase, base, tmp_path, capfd):
     assert synthesize.main(arguments(base, tmp_path / "run", more.format(base=base))) == 2
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and phrase in errors[0]
+    assert not list((tmp_path / "run").glob("*.jsonl")), "found before any stage has worked"
+
+
+@pytest.mark.parametrize("row,phrase", [("dog.png,,", "Row 1 of"), (",dog,", "Row 1 of"), ("dog.png,car,vehicle", "of kind 'vehicle'")])
+def test_rows_that_lack_something_are_named(row, phrase, base, tmp_path, capfd):
+    (tmp_path / "source.csv").write_text(f"image,label,kind\n{row}\n")
+    assert synthesize.main(arguments(base, tmp_path / "run", f"--source {tmp_path / 'source.csv'}")) == 2
+    assert phrase in capfd.readouterr().err
 
 
 def test_other_settings_are_refused_by_name(base, tmp_path, capfd):
