@@ -14,7 +14,7 @@ sample: .venv/.ready checkpoints/toy/model_index.json
 	    --out samples/sugar.gif
 
 test: .venv/.ready-test
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 checkpoints/toy/model_index.json: | .venv/.ready
 	$(PY) toy.py init

@@ -3,6 +3,8 @@
 import os
 import secrets
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # another worker has the other core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take the processor from the others
 
 import pytest

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import stat
+import zlib
 
 import imageio.v2 as imageio
 import numpy as np
@@ -17,7 +18,8 @@ from PIL import Image, ImageSequence
 import media
 from checkpoint import BadInput, replace_when_whole
 
-SEEDS = [0, secrets.randbelow(2**31)]  # one that never changes and a fresh one; the name of a failing test shows it
+# One that never changes and a fresh one, on which pytest's workers agree; the name of a failing test shows it.
+SEEDS = [0, zlib.crc32(os.environ.get("PYTEST_XDIST_TESTRUNUID", secrets.token_hex()).encode()) >> 1]
 sides = st.integers(1, 255)
 multiples = st.integers(1, 12).map(lambda k: 16 * k)
 
