@@ -270,7 +270,9 @@ class Builder:
         steps = max(round(steps * self.scale), 2)
         options = Options(out=self.work / stage, steps=steps, lr=lr, seed=self.seed, warmup=min(200, steps // 2),
                           micro_batch=64, ema=0.999 if steps > 2000 else 0.0, save_every=200, keep=1, validate_every=10**9)
-        train(model, options, self.ranks, plan, loss_of, lambda step: None, {"stage": stage, "steps": steps})
+        state = train(model, options, self.ranks, plan, loss_of, lambda step: None, {"stage": stage, "steps": steps})
+        if state.step < steps:  # stopped by a signal: the stage is not done
+            distributed.leave(0)
         return distributed.full_state_dict(model)
 
     def rng(self, stage: str, position: int) -> np.random.Generator:
@@ -424,8 +426,11 @@ class Builder:
         train_switch.run(train_switch.parse(
             ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(8000),
              "--images", count(8000), "--videos", count(4000), "--validate-every", "1000"]))
+        self.ranks.wait()
+        file = out / "pytorch_lora_weights.safetensors"
+        if not file.exists():  # stopped by a signal
+            distributed.leave(0)
         if self.ranks.first:
-            file = out / "pytorch_lora_weights.safetensors"
             half = {key.removeprefix("transformer."): tensor.half() for key, tensor in load_file(file).items()}
             save_adapter(half, self.folder / "switch", read_adapter(file))
 
@@ -437,6 +442,9 @@ class Builder:
         train_sugar.run(train_sugar.parse(
             ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(6000),
              "--batch", "32", "--real", count(8000), "--triplets", count(8000), "--validate-every", "1000"]))
+        self.ranks.wait()
+        if not (out / "model_index.json").exists():
+            distributed.leave(0)
         if self.ranks.first:
             write_variant(self.folder / "sugar", load_transformer(out / "transformer"))
 
@@ -466,7 +474,7 @@ def build(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["init", "build", "score"])
     parser.add_argument("--out", type=Path, default=Path("checkpoints/toy"), help="the checkpoint (default: %(default)s)")
@@ -475,7 +483,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small number tries it out")
     parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
     parser.add_argument("--device")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return exit_status(lambda: {"init": new, "build": build, "score": score}[args.command](args))
 
 
