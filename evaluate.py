@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +117,9 @@ def make(listing: Path, out: Path, flags: list[str]) -> None:
     if status:
         raise SystemExit(status)
     (out / "seen").mkdir(exist_ok=True)
-    for picture in (out / "videos").glob("*.png"):
-        picture.replace(out / "seen" / picture.name)
+    for picture in (out / "videos").glob("[!.]*.png"):
+        with suppress(FileNotFoundError):  # another rank was quicker
+            picture.replace(out / "seen" / picture.name)
 
 
 def made_by(out: Path, settings: dict, flags: list[str]) -> None:
@@ -150,7 +152,7 @@ def read_lines(file: Path) -> list[dict]:
 
 def check_complete(folder: Path, rows: list[dict]) -> None:
     """Raises where videos and prompts do not match."""
-    wanted, there = {f"{row['name']}.mp4" for row in rows}, {file.name for file in (folder / "videos").glob("*.mp4") if file.name[0] != "."}
+    wanted, there = {f"{row['name']}.mp4" for row in rows}, {file.name for file in (folder / "videos").glob("[!.]*.mp4")}
     if wanted != there:
         parts = [f"{len(names)} {what} ({checkpoint.some(sorted(names))})" for what, names in
                  (("without a video", wanted - there), ("videos without a prompt", there - wanted)) if names]
