@@ -192,7 +192,8 @@ def test_true_clips_score_at_the_top_and_noise_at_the_bottom(base, tmp_path, see
     media.save_video(rng.integers(0, 256, (9, 64, 64, 3), dtype=np.uint8), videos[0], 8, {})
     (good / "videos" / ".part-abc.mp4").write_bytes(b"half a video")
     assert evaluate.main(["score", str(good), "--own", str(base)]) == 0
-    assert json.loads((good / "scores.json").read_text())["means"]["identity"]["mean"] < 1
+    lines = (good / "scores.jsonl").read_text().splitlines()
+    assert len(lines) == len(before.splitlines()) + 1 and json.loads(lines[-1])["name"] == videos[0].stem
     videos[1].rename(good / "videos" / "stranger.mp4")
     assert evaluate.main(["score", str(good), "--own", str(base)]) == 2
     assert re.search(r"has 4 prompts and 4 videos: 1 without a video \(.*\.mp4\), 1 videos without a prompt \(stranger.mp4\)", capsys.readouterr().err)
