@@ -10,6 +10,8 @@ import math
 import os
 import shutil
 import sys
+import time
+import uuid
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,14 +81,35 @@ def start(device: str | None = None) -> Ranks:
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     if not dist.is_initialized():
-        place = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store = unused_part(*next(dist.rendezvous("env://"))) if "RANK" in os.environ else dist.HashStore()
         # A rank that waits longer than this for another will not see it again: it ends, and torchrun starts all anew.
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10), **place)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10), store=store, rank=rank,
+                                world_size=world)
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(where)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return Ranks(rank, world, where, init_device_mesh(kind, (world,)), patient)
+
+
+def unused_part(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of the store that no rank has written to. When torchrun starts the ranks anew after one has died, its store is
+    still full of the addresses of the dead (PyTorch issue 135712), and nodes count restarts each for itself. So rank 0 counts
+    the rounds, and tells every rank that calls it by a name that no rank had before, until all have heard."""
+    call = uuid.uuid4().hex
+    store.set(f"call/{rank}", call)
+    if rank == 0:
+        number = store.add("round", 1)
+        deaf = set(range(1, world))
+        while deaf:
+            for other in deaf:
+                store.set(f"answer/{store.get(f'call/{other}').decode()}", str(number))  # it may be the call of a dead one
+            time.sleep(0.02)
+            deaf = {other for other in deaf if not store.check([f"heard/{number}/{other}"])}
+    else:
+        number = store.get(f"answer/{call}").decode()
+        store.set(f"heard/{number}/{rank}", "")
+    return dist.PrefixStore(f"round-{number}", store)
 
 
 def leave(status: int) -> NoReturn:
@@ -100,12 +123,15 @@ def leave(status: int) -> NoReturn:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16,
-          recompute: bool = False) -> FSDPModule:
+          recompute: bool = False, compiled: bool = False) -> FSDPModule:
     """FSDP2: each block is gathered for its own forward and backward pass only. Parameters stay float32, are gathered and
     computed with in `dtype`, and gradients are averaged over ranks in float32.
 
     recompute: activation checkpointing. Of each block only the input is kept, the rest computed again in the backward pass.
+    compiled: torch.compile, block by block, so that one compilation serves them all.
     """
+    if compiled:
+        compile_blocks(blocks)
     if recompute:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -114,6 +140,13 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """torch.compile on the forward pass of each block. The blocks are alike, so the first one's code serves all; the hooks of
+    FSDP2, of streaming and of split_video() stay outside, and so do the names of the parameters."""
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tensor]:

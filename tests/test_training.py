@@ -43,9 +43,9 @@ def base(tmp_path_factory):
     return folder
 
 
-def command(script: str, base: Path, out: Path, arguments: str, ranks: int = 1) -> list[str]:
+def command(script: str, base: Path, out: Path, arguments: str, ranks: int = 1, restarts: int = 0) -> list[str]:
     launcher = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
     return [*launcher, str(ROOT / script), "--model", str(base), "--out", str(out), "--device", "cpu", *QUIET.split(),
             *arguments.split()]
 
@@ -73,14 +73,19 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def kill_after(process: subprocess.Popen, out: Path, lines: int, signum: int) -> None:
-    """Sends the signal as soon as that many steps are in metrics.jsonl."""
+def wait_for_steps(process: subprocess.Popen, out: Path, lines: int) -> None:
+    """Returns as soon as that many steps are in metrics.jsonl."""
     for _ in range(4000):
         written = sum(len(f.read_text().splitlines()) for f in [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl")])
         if written >= lines or process.poll() is not None:
             break
         time.sleep(0.02)
-    process.send_signal(signum)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that `pid` has started."""
+    parents = {int(stat.parent.name): int(stat.read_text().rpartition(")")[2].split()[1]) for stat in Path("/proc").glob("[0-9]*/stat")}
+    return [child for child, parent in parents.items() if parent == pid]
 
 
 @pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH), ("train_sugar.py", SUGAR)])
@@ -88,7 +93,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(script, argumen
     arguments += f" --steps 7 --seed {seed % 1000}"
     whole = start(script, base, tmp_path / "whole", arguments)
     killed = start(script, base, tmp_path / "killed", arguments)
-    kill_after(killed, tmp_path / "killed", 1 + seed % 5, signal.SIGKILL)
+    wait_for_steps(killed, tmp_path / "killed", 1 + seed % 5)
+    killed.kill()
     killed.communicate()
     finish(start(script, base, tmp_path / "killed", arguments))
     finish(whole)
@@ -99,13 +105,30 @@ def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(script, argumen
 
 def test_sigterm_saves_and_exits_0_and_other_settings_are_refused_by_name(base, tmp_path):
     process = start("train_switch.py", base, tmp_path / "run", SWITCH + " --steps 500 --save-every 400")
-    kill_after(process, tmp_path / "run", 3, signal.SIGTERM)
+    wait_for_steps(process, tmp_path / "run", 3)
+    process.terminate()
     assert "goes on from there" in finish(process)
     folder, state = last_checkpoint(tmp_path / "run" / "checkpoints")
     assert state["step"] == len(metrics(tmp_path / "run")) >= 3
     again = start("train_switch.py", base, tmp_path / "run", SWITCH.replace("--p 0.4", "--p 0.3") + " --steps 500")
     out, err = again.communicate()
     assert again.returncode == 2 and "with p = 0.4, and now it is 0.3" in err
+
+
+def test_a_rank_that_dies_ends_all_and_torchrun_begins_again_where_they_were(base, tmp_path, seed):
+    arguments = SWITCH + " --steps 40"
+    whole = start("train_switch.py", base, tmp_path / "whole", arguments, ranks=2)
+    killed = start("train_switch.py", base, tmp_path / "killed", arguments, ranks=2, restarts=1)
+    wait_for_steps(killed, tmp_path / "killed", 3)
+    ranks = children(killed.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[seed % 2], signal.SIGKILL)
+    finish(killed)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    finish(whole)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH), ("train_sugar.py", SUGAR)])
