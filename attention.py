@@ -66,13 +66,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None
     without blocks only: which keys there are, sample by sample.
     """
     if blocks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if keep is None else keep[:, None, None])
+        return dense(q, k, v, None if keep is None else keep[:, None, None])
     out = []
     for queries, keys in blocks:
         seen_k, seen_v = ([x[:, :, key] for key in keys] for x in (k, v))
         joined = [x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (seen_k, seen_v)]
-        out.append(F.scaled_dot_product_attention(q[:, :, queries], *joined))
+        out.append(dense(q[:, :, queries], *joined))
     return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v by torch's kernel for the device. On the CPU the backward pass of that kernel takes three
+    times as long in bfloat16 as in float32 where sequences are short, so there training takes the way through float32."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 256**2:
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def rotary_3d(frames: int, height: int, width: int, dim: int, base: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
