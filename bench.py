@@ -1,151 +1,423 @@
-"""Speed and memory beside diffusers, both sides in one run, each measurement in a process of its own.
+"""Speed and memory beside diffusers, both sides in one run. Without names, every row but load and data.
 
-    python bench.py load [--model 2b] [--runs 5] [--dtype bf16]      host memory and time of loading a transformer
-    python bench.py data [--runs 5] [--samples 10000]                clips/s beside decoding all frames; a manifest of 400,000
-                                                                     rows; memory over many samples
+    python bench.py [forward switch sugar decode encode train attention]     --frames 9 --height 320 --width 512 --layers 2
+    python bench.py load [--model 2b]               host memory and time of loading a transformer
+    python bench.py data [--samples 10000]          clips/s beside decoding all frames; a manifest of 400,000 rows; memory
+
+Of the 5b, on a GPU, all of it at 49x480x720 in bf16; on a CPU two of its layers, a small clip and float32 stand for it. The
+two sides take turns in one process, with the same random weights; their peaks of memory are each measured in a process of
+their own. The floor of a row is the time of its matrix products, convolutions and unmasked attentions alone.
 """
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
-import media
-from model import Config, Transformer, load_transformer, save_tensors
+import distributed
+import train_switch
+from attention import DESIGNS, attention, selective_blocks, selective_mask
+from bench_files import MODELS, data, load, load_once, peak_bytes
+from diffusion import alpha_bar_schedule, training_loss
+from lora import SWITCH_TARGETS, Adapter
+from model import Config, Transformer
+from pipeline import Conditions, Settings, sample_latents
+from training import DTYPES
+from vae import VAE, VAEConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FIVE_B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
-MODELS = {"tiny": dict(num_attention_heads=8, num_layers=4), "2b": {}, "5b": FIVE_B}
+SUGAR = dict(dino_dim=1024, clip_dim=1024)  # 257 tokens of each
+SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+                rescale_betas_zero_snr=True, snr_shift_scale=1.0, timestep_spacing="trailing", clip_sample=False)
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+COUNTS = {FLASH[0]: lambda q, k, v, *_, **more: sdpa_flop_count(q, k, v),  # two that torch's counter does not know
+          FLASH[1]: lambda grad, q, k, v, *_, **more: sdpa_backward_flop_count(grad, q, k, v)}
+Run = Callable[[], object]
 
 
-def write_synthetic(folder: Path, config: Config) -> int:
-    """A transformer of the given size with random bfloat16 weights, in the official layout. Returns its bytes."""
+@torch.no_grad()
+def filled(network: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """The network with random weights that follow from their names: the same on both sides."""
+    network = network.to_empty(device=args.device).to(args.dtype)
+    for key, tensor in network.state_dict().items():
+        generator = torch.Generator(args.device).manual_seed(sum(map(ord, key)))
+        around = 1.0 if "norm" in key and key.endswith("weight") and tensor.dim() == 1 else 0.0
+        tensor.copy_(around + 0.02 * torch.randn(tensor.shape, generator=generator, device=args.device))
+    return network
+
+
+def noise(args: argparse.Namespace, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device, dtype or args.dtype)
+
+
+def latents(args: argparse.Namespace) -> tuple[int, int, int]:
+    return (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8
+
+
+def config_of(args: argparse.Namespace) -> Config:
+    T, h, w = latents(args)
+    return Config(**{**MODELS["5b"], "num_layers": args.layers}, sample_frames=args.frames, sample_height=h, sample_width=w)
+
+
+def our_transformer(args: argparse.Namespace, compiled: bool = True, **more) -> Transformer:
     with torch.device("meta"):
-        shapes = {key: tensor.shape for key, tensor in Transformer(config).state_dict().items()}
-    tensors = {key: torch.randn(shape, dtype=torch.bfloat16) for key, shape in tqdm(shapes.items(), "synthetic weights")}
-    save_tensors(config, tensors, folder)
-    return sum(tensor.nbytes for tensor in tensors.values())
+        model = Transformer(replace(config_of(args), **more))
+    model = filled(model, args).eval().requires_grad_(False)
+    if args.compile and compiled:
+        distributed.compile_blocks(list(model.transformer_blocks))
+    return model
 
 
-def peak_bytes() -> int:
-    """The most host memory that this process ever held, file pages that are mapped included."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+def their_transformer(args: argparse.Namespace) -> nn.Module:
+    from diffusers import CogVideoXTransformer3DModel
+
+    config, T = config_of(args), latents(args)[0]
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel(num_attention_heads=config.num_attention_heads, num_layers=args.layers,
+                                            use_rotary_positional_embeddings=True, sample_frames=args.frames,
+                                            sample_height=config.sample_height, sample_width=config.sample_width)
+    model = filled(model, args).eval().requires_grad_(False)
+    if args.compile:
+        for block in model.transformer_blocks:
+            block.compile()
+    return model
 
 
-def load_once(side: str, folder: Path, dtype: torch.dtype) -> dict:
-    """Loads in this process: seconds, and the peak of host memory above what the imports had taken."""
-    if side == "diffusers":
-        from diffusers import CogVideoXTransformer3DModel
-    before, start = peak_bytes(), time.perf_counter()
-    if side == "diffusers":
-        model = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
-    else:
-        model = load_transformer(folder, dtype=dtype)
-    seconds = time.perf_counter() - start
-    for tensor in model.state_dict().values():  # pages that are only mapped are not loaded yet: a sampler reads them all
-        tensor.view(-1)[::1024].float().sum()
-    return {"seconds": seconds, "seconds_until_read": time.perf_counter() - start, "peak": peak_bytes() - before}
+def their_rotary(args: argparse.Namespace, frames: int) -> tuple[Tensor, Tensor]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    _, h, w = latents(args)
+    return get_3d_rotary_pos_embed(64, ((0, 0), (h // 2, w // 2)), (h // 2, w // 2), frames, device=args.device)
 
 
-def load(args: argparse.Namespace) -> dict:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "transformer"
-        size = write_synthetic(folder, Config(**MODELS[args.model]))
-        runs: dict[str, list[dict]] = {"ours": [], "diffusers": []}
-        for _ in tqdm(range(args.runs), "runs"):
-            for side in runs:
-                command = [sys.executable, __file__, "load", "--child", side, "--folder", folder, "--dtype", args.dtype]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                runs[side].append(json.loads(done.stdout.splitlines()[-1]))
-    median = {side: {key: statistics.median(run[key] for run in done) for key in done[0]} for side, done in runs.items()}
-    weights = size * DTYPES[args.dtype].itemsize // 2
-    print(f"\n{args.model}: {size / 1e9:.2f} GB on disk, {weights / 1e9:.2f} GB of {args.dtype} weights in memory; "
-          f"medians of {args.runs} runs\n\n| | peak host memory | of the weights | seconds to load | until all was read |\n"
-          f"|---|---|---|---|---|")
-    for side, row in median.items():
-        print(f"| {side} | {row['peak'] / 1e9:.2f} GB | {row['peak'] / weights:.2f} | {row['seconds']:.1f} | "
-              f"{row['seconds_until_read']:.1f} |")
-    return {"model": args.model, "dtype": args.dtype, "bytes": size, "median": median, "runs": runs}
+# --- rows: each gives a function for each side, which builds what the side runs -------------------------------------------
 
 
-def resident_bytes() -> int:
-    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+def forward(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
+    """One pass of the transformer, text-to-video, a batch of one."""
+    T, h, w = latents(args)
+    x, t, text = noise(args, 1, T, 16, h, w), torch.tensor([500], device=args.device), noise(args, 1, 226, 4096)
+
+    def ours() -> Run:
+        model = our_transformer(args)
+        return torch.no_grad()(lambda: model(x, t, text))
+
+    def theirs() -> Run:
+        model, rotary = their_transformer(args), their_rotary(args, T)
+        return torch.no_grad()(lambda: model(x, text, t, image_rotary_emb=rotary, return_dict=False)[0])
+
+    return {"ours": ours, "diffusers": theirs}
 
 
-def synthetic_video(file: Path, size: str, seconds: int) -> Path:
-    """A moving test picture with grain, as H.264 with ffmpeg's own settings for key frames."""
-    done = media.ffmpeg("-loglevel", "error", "-f", "lavfi", "-i", f"testsrc2=size={size}:rate=30:duration={seconds}", "-vf",
-                        "noise=alls=8:allf=t", "-pix_fmt", "yuv420p", str(file))
-    if not file.exists():
-        raise RuntimeError(done.stderr.decode())
-    return file
+def loop(args: argparse.Namespace, sugar: bool) -> dict[str, Callable[[], Run]]:
+    """The sampling loop: for Switch an adapter of rank 128, a reference and 2 branches; for SUGAR DINO and CLIP tokens and 3
+    branches. diffusers knows neither: there the reference is a frame more, and the image's tokens are tokens of text."""
+    T, h, w = latents(args)
+    x, text, null = noise(args, 1, T, 16, h, w, dtype=torch.float32), noise(args, 1, 226, 4096), noise(args, 1, 226, 4096)
+
+    def ours() -> Run:
+        model = our_transformer(args, **(SUGAR if sugar else {}))
+        given = Conditions(text, null)
+        if sugar:
+            given.dino = given.clip = noise(args, 1, 257, 1024)
+        else:
+            given.reference = noise(args, 1, 16, h, w)
+            train_switch.prepare(model, Adapter()).to(args.dtype).eval().requires_grad_(False)
+        settings = Settings(args.frames, args.height, args.width, 8, "ddim", steps=args.steps)
+        return lambda: sample_latents(model, given, alpha_bar_schedule(SCHEDULE).to(args.device), settings, x, lambda: None)
+
+    def theirs() -> Run:
+        from diffusers import CogVideoXDDIMScheduler
+        from peft import LoraConfig
+
+        model, rotary = their_transformer(args), their_rotary(args, T + (not sugar))
+        if not sugar:
+            model.add_adapter(LoraConfig(r=128, lora_alpha=64, target_modules=list(SWITCH_TARGETS), lora_dropout=0.1))
+            model.to(args.dtype).eval().requires_grad_(False)
+        scheduler = CogVideoXDDIMScheduler(**SCHEDULE)
+        branches = 3 if sugar else 2
+        prompts = torch.cat([null, text, text][:branches])
+        if sugar:
+            prompts = torch.cat([prompts, noise(args, branches, 2 * 257, 4096)], dim=1)
+        first = x.to(args.dtype) if sugar else torch.cat([noise(args, 1, 1, 16, h, w), x.to(args.dtype)], dim=1)
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            scheduler.set_timesteps(args.steps, device=args.device)
+            latent = first
+            for t in scheduler.timesteps:
+                given = scheduler.scale_model_input(torch.cat([latent] * branches), t)
+                v = model(given, prompts, t.expand(branches), image_rotary_emb=rotary, return_dict=False)[0].float()
+                null_v, *more = v.chunk(branches)
+                guided = null_v + sum(6.0 * (y - null_v) for y in more)
+                latent = scheduler.step(guided, t, latent, return_dict=False)[0].to(args.dtype)
+            return latent
+
+        return run
+
+    return {"ours": ours, "diffusers": theirs}
 
 
-def whole_video(file: Path, clip: media.Clip, rng: np.random.Generator) -> np.ndarray:
-    """What decode() is beside: every frame is decoded, then those of a window are taken and fitted."""
-    frames = media.read_video(file)
-    start = rng.integers(0, len(frames) - round(clip.seconds * 30))
-    chosen = [frames[start + round(i * 30 / clip.fps)] for i in range(clip.frames)]
-    return np.stack([np.asarray(media.fit(Image.fromarray(frame), clip.height, clip.width, "crop")) for frame in chosen])
+def vae_row(args: argparse.Namespace, decode: bool) -> dict[str, Callable[[], Run]]:
+    """The official VAE, whole frames."""
+    T, h, w = latents(args)
+    z, video = noise(args, 1, 16, T, h, w), noise(args, 1, 3, args.frames, args.height, args.width).clamp(-1, 1)
+
+    def ours() -> Run:
+        with torch.device("meta"):
+            vae = VAE(VAEConfig())
+        vae = filled(vae, args).eval().requires_grad_(False)
+        return torch.no_grad()((lambda: vae.decode(z)) if decode else (lambda: vae.encode(video)[0]))
+
+    def theirs() -> Run:
+        from diffusers import AutoencoderKLCogVideoX
+
+        with torch.device("meta"):
+            vae = AutoencoderKLCogVideoX()
+        vae = filled(vae, args).eval().requires_grad_(False)
+        return torch.no_grad()((lambda: vae.decode(z).sample) if decode else (lambda: vae.encode(video).latent_dist.mean))
+
+    return {"ours": ours, "diffusers": theirs}
 
 
-def data(args: argparse.Namespace) -> dict:
-    from readers import Videos
+def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
+    """A training step of Switch: forward and backward pass of one video with its reference, and AdamW on a LoRA of rank 128.
+    diffusers + PEFT have the reference as a frame more."""
+    T, h, w = latents(args)
+    x, eps, text, t = (noise(args, 1, T, 16, h, w), noise(args, 1, T, 16, h, w), noise(args, 1, 226, 4096),
+                       torch.tensor([500], device=args.device))
+    reference, alpha_bar = noise(args, 1, 16, h, w), alpha_bar_schedule(SCHEDULE).to(args.device)
 
-    clip, seconds = media.Clip(49, 480, 720, 8), {"ours": [], "all frames": []}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        file = synthetic_video(folder / "large.mp4", "1280x720", 30)
-        for run in tqdm(range(args.runs), "runs"):
-            for side, read in (("ours", media.decode), ("all frames", whole_video)):
-                start = time.perf_counter()
-                assert read(file, clip, np.random.default_rng(run)).shape == (49, 480, 720, 3)
-                seconds[side].append(time.perf_counter() - start)
-        rate = {side: 1 / statistics.median(times) for side, times in seconds.items()}
-        synthetic_video(folder / "small.mp4", "160x120", 4)
-        rows = "".join(f'small.mp4,"number {i}, a caption of the usual length that says what can be seen"\n' for i in range(400_000))
-        (folder / "manifest.csv").write_text("video,caption\n" + rows)
-        start, small = time.perf_counter(), media.Clip(9, 64, 64, 8)
-        videos = Videos(folder / "manifest.csv", small)
-        first = [videos[i] for i in range(4)]
-        until_first = time.perf_counter() - start
-        memory = {}
-        for i in tqdm(range(args.samples), "samples"):
-            videos[i % len(videos)]
-            if i + 1 in (args.samples // 10, args.samples):
-                memory[i + 1] = resident_bytes()
-    print("\n| 49x480x720 out of 30 s of 1280x720 | clips/s |\n|---|---|")
-    for side, value in rate.items():
-        print(f"| {side} | {value:.2f} |")
-    print(f"ratio {rate['ours'] / rate['all frames']:.1f}; first batch of {len(first)} out of 400,000 rows after {until_first:.1f} s; memory "
-          + ", ".join(f"{size / 1e6:.0f} MB after {count:,} samples" for count, size in memory.items()))
-    return {"clips_per_second": rate, "seconds": seconds, "first_batch": until_first, "memory": memory}
+    def step(predict, parameters: list[nn.Parameter]) -> Run:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+        def run() -> Tensor:
+            loss = training_loss(predict, x, eps, t, alpha_bar)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return run
+
+    def ours() -> Run:
+        model = train_switch.prepare(our_transformer(args, compiled=False), Adapter(dropout=0.0)).train()
+        distributed.shard(model, list(model.transformer_blocks), distributed.start(args.device), args.dtype, args.recompute, args.compile)
+        predict = lambda x_t, t: model(x_t.to(args.dtype), t, text, reference=reference)
+        return step(predict, [p for p in model.parameters() if p.requires_grad])
+
+    def theirs() -> Run:
+        from peft import LoraConfig
+
+        model, rotary = their_transformer(args), their_rotary(args, T + 1)
+        model.add_adapter(LoraConfig(r=128, lora_alpha=64, target_modules=list(SWITCH_TARGETS)))
+        if args.recompute:
+            model.enable_gradient_checkpointing()
+        model.train()
+        predict = lambda x_t, t: model(torch.cat([reference[:, None], x_t.to(args.dtype)], dim=1), text, t,
+                                       image_rotary_emb=rotary, return_dict=False)[0][:, 1:]
+        return step(predict, [p for p in model.parameters() if p.requires_grad])
+
+    return {"ours": ours, "diffusers": theirs}
+
+
+def attention_row(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
+    """Selective attention of one layer of SUGAR: each design as a few unmasked attentions, as a dense boolean mask and, on a
+    GPU, as FlexAttention, beside attention without a mask."""
+    T, h, w = latents(args)
+    first = h * w // 4
+    lengths = (2 * 257, 226, first, (T - 1) * first)
+    L = sum(lengths)
+    q, k, v = (noise(args, 1, L, 48, 64).transpose(1, 2) for _ in range(3))
+    sides = {"unmasked": lambda: lambda: F.scaled_dot_product_attention(q, k, v)}
+
+    def masked(design: str) -> Run:
+        mask = selective_mask(design, lengths).to(args.device)
+        return lambda: F.scaled_dot_product_attention(q, k, v, mask)
+
+    def flex(design: str) -> Run:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        mask = selective_mask(design, lengths).to(args.device)
+        blocks = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, L, L, device=args.device)
+        compiled = torch.compile(flex_attention)
+        return lambda: compiled(q, k, v, block_mask=blocks)
+
+    def grouped(design: str) -> Run:
+        blocks = selective_blocks(design, lengths)
+        return lambda: attention(q, k, v, blocks)
+
+    for design in args.designs:
+        sides[f"({design})"] = lambda design=design: grouped(design)
+        sides[f"({design}), mask"] = lambda design=design: masked(design)
+        if args.device.startswith("cuda"):
+            sides[f"({design}), FlexAttention"] = lambda design=design: flex(design)
+    return sides
+
+
+ROWS = {"forward": forward, "switch": partial(loop, sugar=False), "sugar": partial(loop, sugar=True),
+        "decode": partial(vae_row, decode=True), "encode": partial(vae_row, decode=False), "train": train,
+        "attention": attention_row}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def seconds(run: Run, device: str) -> float:
+    """Wall time of one run, with the GPU's work done."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+class Products(TorchDispatchMode):
+    """Notes the matrix products, convolutions and attentions that run inside it, and of what shapes."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.name().removeprefix("aten::").partition(".")[0]
+        if name in self.NAMES or name.startswith("_scaled_dot_product"):
+            shape = lambda x: ((tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else
+                               tuple(x) if isinstance(x, list) else x)
+            given = tuple((key, shape(value)) for key, value in (kwargs or {}).items() if key != "attn_mask")
+            self.seen[op, tuple(map(shape, args)), given] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def strided(shape: tuple, stride: tuple, dtype: torch.dtype, device: str) -> Tensor:
+    """Random numbers that lie in memory as a given tensor did."""
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride)) if 0 not in shape else 0
+    return torch.rand(size, device=device).to(dtype).as_strided(shape, stride)
+
+
+@torch.no_grad()
+def floor(run: Run, args: argparse.Namespace) -> float:
+    """Seconds that the products of one run take by themselves, each on random numbers of the same shapes and strides."""
+    with Products() as products:
+        run()
+    total = 0.0
+    for (op, given, named), count in products.seen.items():
+        is_tensor = lambda x: isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)
+        fresh = lambda x: (strided(*x, args.device) if is_tensor(x) else list(x) if isinstance(x, tuple) else x)
+        tensors, more = [fresh(x) for x in given], {key: fresh(value) for key, value in named}
+        again = lambda: op(*tensors, **more)
+        again()
+        total += count * statistics.median(seconds(again, args.device) for _ in range(3))
+    return total
+
+
+def machine(args: argparse.Namespace) -> dict[str, float]:
+    """What this machine does at best: floating-point operations and bytes a second, of a large matrix product and a copy."""
+    n = 8192 if args.device.startswith("cuda") else 2048
+    a, large = noise(args, n, n), torch.empty(2**28, dtype=torch.uint8, device=args.device)
+    rate = lambda run: 1 / statistics.median(seconds(run, args.device) for _ in range(7))
+    return {"flops": 2 * n**3 * rate(lambda: a @ a), "bytes": 2 * large.numel() * rate(large.clone)}
+
+
+def peak(row: str, side: str, args: argparse.Namespace) -> int:
+    """The most memory that one side takes for its weights and one run, in a process of its own."""
+    command = [sys.executable, __file__, row, "--child", side, *args.flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak"]
+
+
+def child(row: str, side: str, args: argparse.Namespace) -> dict:
+    import diffusers, peft  # noqa: E401, F401 (both sides start from the same imports)
+
+    sides = ROWS[row](args)
+    before = peak_bytes()
+    sides[side]()()
+    return {"peak": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else peak_bytes() - before}
+
+
+def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:
+    """One row: medians of the sides, which take turns, their peaks and floors."""
+    print(f"\n{row}: {' '.join(getattr(ROWS[row], 'func', ROWS[row]).__doc__.split())}")
+    runs = {side: build() for side, build in ROWS[row](args).items()}
+    times: dict[str, list[float]] = {side: [] for side in runs}
+    for turn in tqdm(range(args.runs + 1), f"{row}: {len(runs)} sides", leave=False):
+        for side, run in runs.items():
+            times[side].append(seconds(run, args.device))
+    table, reference = {}, [side for side in runs if side in ("diffusers", "unmasked")][0]
+    for side, run in runs.items():
+        with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
+            run()
+        table[side] = {"seconds": statistics.median(times[side][1:]), "flop": counter.get_total_flops()}
+        if not args.compile:
+            table[side]["floor"] = floor(run, args)
+    del runs, run
+    for side, entry in table.items():
+        entry["peak"] = peak(row, side, args)
+    print("\n| | seconds | of " + reference + " | over its floor | peak memory | of " + reference + " | TFLOP/s | of a matrix product's |"
+          "\n|---|---|---|---|---|---|---|---|")
+    for side, entry in table.items():
+        over = f"{entry['seconds'] / entry['floor'] - 1:+.0%}" if "floor" in entry else ""
+        rate = entry["flop"] / entry["seconds"]
+        print(f"| {side} | {entry['seconds']:.3f} | {entry['seconds'] / table[reference]['seconds']:.2f} | {over} | "
+              f"{entry['peak'] / 1e9:.2f} GB | {entry['peak'] / table[reference]['peak']:.2f} | {rate / 1e12:.3f} | "
+              f"{rate / best['flops']:.0%} |")
+    return {"sides": table, "times": times}
+
+
+def rows(args: argparse.Namespace) -> dict:
+    best = machine(args)
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, {args.dtype}, {args.layers} layers of the 5b, {args.frames}x{args.height}x{args.width}, medians of {args.runs} "
+          f"runs; a matrix product {best['flops'] / 1e12:.2f} TFLOP/s, a copy {best['bytes'] / 1e9:.0f} GB/s")
+    return {"machine": name, "best": best, "flags": args.flags, **{row: measure(row, args, best) for row in args.what}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["load", "data"])
-    parser.add_argument("--model", choices=list(MODELS), default="2b")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("what", nargs="*", metavar="row", choices=["all", *ROWS, "load", "data"], default="all",
+                        help=", ".join([*ROWS, "load", "data"]))
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if gpu else "fp32", help="(default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=10000, help="data: over which memory is watched")
-    parser.add_argument("--child", choices=["ours", "diffusers"], help=argparse.SUPPRESS)
+    parser.add_argument("--layers", type=int, default=42 if gpu else 2, help="of the 5b (default: %(default)s)")
+    for name, size in (("frames", 49 if gpu else 9), ("height", 480 if gpu else 320), ("width", 720 if gpu else 512)):
+        parser.add_argument(f"--{name}", type=int, default=size, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="of the sampling loops (default: %(default)s)")
+    parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=list(DESIGNS))
+    parser.add_argument("--compile", action="store_true", help="compiled blocks, on both sides")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing in the training step, on both sides")
+    parser.add_argument("--model", choices=list(MODELS), default="2b", help="load: which (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=10000, help="data: over which memory is watched (default: %(default)s)")
+    parser.add_argument("--child", metavar="SIDE", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.what = list(ROWS) if args.what in ("all", ["all"]) else args.what
+    args.flags = [flag for flag in sys.argv[1:] if flag not in ("all", *ROWS, "load", "data")]
+    args.dtype = DTYPES[args.dtype]
     if args.child:
-        print(json.dumps(load_once(args.child, args.folder, DTYPES[args.dtype])))
+        [row] = args.what
+        print(json.dumps(load_once(args.child, args.folder, args.dtype) if row == "load" else child(row, args.child, args)))
         return
-    result = {"load": load, "data": data}[args.what](args)
+    result = {"load": load, "data": data}.get(args.what[0], rows)(args)
     Path("bench.json").write_text(json.dumps(result, indent=2) + "\n")
 
 

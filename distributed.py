@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from attention import attention
 from checkpoint import BadInput, read_json
@@ -42,6 +42,7 @@ class Ranks:
     device: torch.device
     mesh: DeviceMesh
     patient: dist.ProcessGroup | None = None  # for wait()
+    sequence: int = 1  # ranks that share each training sample, neighbours
 
     @property
     def first(self) -> bool:
@@ -63,17 +64,22 @@ class Ranks:
         dist.all_reduce(value)
         return (value / self.world).item()
 
-    def share(self, batch: int) -> int:
-        """Samples of a global batch that each rank takes."""
-        if batch % self.world:
-            raise BadInput(f"A batch of {batch} cannot be shared out evenly among {self.world} ranks: choose a multiple.")
-        return batch // self.world
+    def share(self, batch: int) -> range:
+        """Which samples of a global batch this rank takes."""
+        groups, number = self.world // self.sequence, self.rank // self.sequence
+        if batch % groups:
+            raise BadInput(f"A batch of {batch} cannot be shared out evenly among {groups} ranks: choose a multiple.")
+        size = batch // groups
+        return range(number * size, (number + 1) * size)
 
 
-def start(device: str | None = None) -> Ranks:
-    """Joins the process group that torchrun's environment describes, or makes one of a single process."""
+def start(device: str | None = None, sequence: int = 1) -> Ranks:
+    """Joins the process group that torchrun's environment describes, or makes one of a single process. sequence: how many
+    ranks share each training sample."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if sequence < 1 or world % sequence:
+        raise BadInput(f"--sequence-parallel {sequence} does not divide the {world} ranks.")
     kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
     local = int(index) if index and "RANK" not in os.environ else local
     try:
@@ -89,7 +95,7 @@ def start(device: str | None = None) -> Ranks:
     if kind == "cuda":
         torch.cuda.set_device(where)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    return Ranks(rank, world, where, init_device_mesh(kind, (world,)), patient)
+    return Ranks(rank, world, where, init_device_mesh(kind, (world,)), patient, sequence)
 
 
 def unused_part(store: dist.Store, rank: int, world: int) -> dist.Store:
@@ -127,18 +133,26 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
     """FSDP2: each block is gathered for its own forward and backward pass only. Parameters stay float32, are gathered and
     computed with in `dtype`, and gradients are averaged over ranks in float32.
 
-    recompute: activation checkpointing. Of each block only the input is kept, the rest computed again in the backward pass.
+    recompute: activation checkpointing, see recompute_blocks().
     compiled: torch.compile, block by block, so that one compilation serves them all.
     """
     if compiled:
         compile_blocks(blocks)
     if recompute:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        recompute_blocks(blocks)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    for block, following in zip(blocks, blocks[1:]):  # gathered while the block before computes
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if ranks.sequence > 1:
+        heads = model.config.num_attention_heads
+        if heads % ranks.sequence:
+            raise BadInput(f"--sequence-parallel {ranks.sequence} does not divide this model's {heads} heads.")
+        mesh = init_device_mesh(ranks.device.type, (ranks.world // ranks.sequence, ranks.sequence), mesh_dim_names=("data", "sequence"))
+        split_sequence(model, mesh["sequence"])
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
 
 
@@ -147,6 +161,16 @@ def compile_blocks(blocks: list[nn.Module]) -> None:
     FSDP2, of streaming and of split_video() stay outside, and so do the names of the parameters."""
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def recompute_blocks(blocks: list[nn.Module]) -> None:
+    """Selective activation checkpointing: of each block its input and the outcome of its attention are kept, which takes the
+    longest to compute; the rest is computed again in the backward pass."""
+    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in
+            ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
+    context = partial(create_selective_checkpoint_contexts, kept)
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context)
 
 
 def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tensor]:
@@ -159,7 +183,37 @@ def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tens
 #
 # Guidance branches first: each group of ranks predicts some of them. Within a group the sequence: every rank holds a part of
 # each stream of tokens, and for the attention alone trades it for all tokens of some heads (Ulysses). Both by hooks from
-# outside; the model and the sampling loop never know.
+# outside; the model, the sampling loop and the trainers never know.
+
+
+class Trade(torch.autograd.Function):
+    """x [ranks, ...]: row i goes to rank i, and row i of the result came from there. Gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, x = group, x.contiguous()
+        got = torch.empty_like(x)
+        dist.all_to_all_single(got, x, group=group)
+        return got
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return Trade.apply(grad, ctx.group), None
+
+
+class Gather(torch.autograd.Function):
+    """The parts of all ranks, joined along dimension 1. Every rank computes the same loss from them, and FSDP2 takes the mean of
+    the ranks' gradients where those of the parts add up: so this rank's part of the gradient counts as often as there are ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, parts = group, [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.size() * grad.chunk(ctx.group.size(), dim=1)[ctx.group.rank()], None
 
 
 def split_video(model: nn.Module, ranks: Ranks, branches: int) -> None:
@@ -235,27 +289,19 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks, keep: Tensor | None) -> Tensor:
         """q, k, v [B, heads, L / world, d], of this rank's tokens."""
         B, heads, length, d = q.shape
-        sent = torch.stack([q, k, v]).unflatten(2, (world, -1)).movedim(2, 0).contiguous()  # [world, 3, B, heads / world, ..]
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=group)
-        whole = got.movedim(0, 3).flatten(3, 4)  # [3, B, heads / world, world * length, d]
+        sent = torch.stack([q, k, v]).unflatten(2, (world, -1)).movedim(2, 0)  # [world, 3, B, heads / world, length, d]
+        whole = Trade.apply(sent, group).movedim(0, 3).flatten(3, 4)  # [3, B, heads / world, world * length, d]
         seen = attention(*whole[:, :, :, now["order"]], blocks, keep)
-        sent = seen.new_zeros(B, heads // world, world * length, d)
-        sent[:, :, now["order"]] = seen
-        sent = sent.unflatten(2, (world, length)).movedim(2, 0).contiguous()
-        got = torch.empty_like(sent)
-        dist.all_to_all_single(got, sent, group=group)
-        return got.movedim(0, 1).flatten(1, 2)
+        padded = seen.new_zeros(B, heads // world, world * length, d).index_copy(2, now["order"], seen)
+        return Trade.apply(padded.unflatten(2, (world, length)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
     def leave(block: nn.Module, args: tuple, out: tuple) -> tuple:
         text, reference, video = out
-        parts = [torch.empty_like(video) for _ in range(world)]
-        dist.all_gather(parts, video.contiguous(), group=group)
-        return text, reference, torch.cat(parts, dim=1)[:, : now["video"]]
+        return text, reference, Gather.apply(video, group)[:, : now["video"]]
 
     for block in model.transformer_blocks:
         block.register_forward_pre_hook(enter)
-        block.attn1.attend = attend
+        block.attn1.attend = torch.compiler.disable(attend)
     last.register_forward_hook(leave)
 
 

@@ -18,6 +18,7 @@ import checkpoint
 import media
 from checkpoint import BadInput
 from diffusion import Predictor, alpha_bar_schedule, denoise, sugar_guidance, text_guidance
+from distributed import compile_blocks
 from encoders import ImageEncoder, TextEncoder, add_cls, check_text_encoder
 from lora import Adapter, check_adapter, find_adapter, read_adapter
 from model import Config, Transformer, load_transformer, read_config
@@ -75,10 +76,12 @@ class Conditions:
     dino: Tensor | None = None  # [1, N, D] (SUGAR)
     clip: Tensor | None = None
     first: Tensor | None = None  # [1, 16, H/8, W/8] (image to video)
+    in_turn: bool = False  # the branches of guidance do not fit into memory in one batch
 
 
 def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predictor:
-    """The `eps` of diffusion.py's guidance: all the sets of conditions it asks for, predicted in one batch."""
+    """The `eps` of diffusion.py's guidance: all the sets of conditions it asks for, predicted in one batch, or in
+    turn where one batch does not fit into the GPU's memory."""
 
     def eps(*sets: str) -> list[Tensor]:
         distinct = list(dict.fromkeys(sets))
@@ -90,10 +93,20 @@ def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predic
             first = torch.zeros_like(x_in)
             first[:, 0] = given.first
             x_in = torch.cat([x_in, first], dim=2)
-        v = model(repeat(x_in), torch.full((n,), t, device=x.device),
-                  torch.cat([given.text if "T" in conditions else given.null for conditions in distinct]),
-                  reference=repeat(given.reference) if "R" in distinct[0] else None,
-                  dino=repeat(given.dino), clip=repeat(given.clip), keep_dino=keep["D"], keep_clip=keep["C"])
+        inputs = (repeat(x_in), torch.full((n,), t, device=x.device),
+                  torch.cat([given.text if "T" in conditions else given.null for conditions in distinct]))
+        more = dict(reference=repeat(given.reference) if "R" in distinct[0] else None, dino=repeat(given.dino),
+                    clip=repeat(given.clip), keep_dino=keep["D"], keep_clip=keep["C"])
+        if not given.in_turn:
+            try:
+                v = model(*inputs, **more)
+            except torch.OutOfMemoryError:
+                if n == 1:
+                    raise
+                given.in_turn = True
+        if given.in_turn:
+            one = lambda y, i: None if y is None else y[i : i + 1]
+            v = torch.cat([model(*(one(y, i) for y in inputs), **{name: one(y, i) for name, y in more.items()}) for i in range(n)])
         return [v[distinct.index(conditions)][None].float() for conditions in sets]
 
     return eps
@@ -163,6 +176,7 @@ class Sampler:
             self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)
         self.image_encoders = self.load_image_encoders() if self.config.sugar else []
         self.low_memory = False  # blocks of large networks stay in host memory and are streamed
+        self.compiled = False  # torch.compile on the transformer's blocks
         self.split: Callable[[Transformer], None] | None = None  # lets several ranks share each video
 
     def defaults(self) -> Settings:
@@ -248,6 +262,8 @@ class Sampler:
         if self.adapter_file is not None:
             transformer.use_adapter(self.adapter_file)
         transformer.requires_grad_(False)
+        if self.compiled:
+            compile_blocks(list(transformer.transformer_blocks))
         if self.split is not None:
             self.split(transformer)
         T, h, w = (settings.frames - 1) // 4 + 1, settings.height // 8, settings.width // 8

@@ -269,7 +269,7 @@ class Builder:
         distributed.shard(model, blocks, self.ranks, dtype)
         steps = max(round(steps * self.scale), 2)
         options = Options(out=self.work / stage, steps=steps, lr=lr, seed=self.seed, warmup=min(200, steps // 2),
-                          micro_batch=64, ema=0.999 if steps > 2000 else 0.0, save_every=200, keep=1, validate_every=10**9)
+                          micro_batch=64, ema=0.999 if steps > 4000 else 0.0, save_every=200, keep=1, validate_every=10**9)
         state = train(model, options, self.ranks, plan, loss_of, lambda step: None, {"stage": stage, "steps": steps})
         if state.step < steps:  # stopped by a signal: the stage is not done
             distributed.leave(0)
@@ -323,7 +323,7 @@ class Builder:
             one, two = (torch.stack(view).to(self.ranks.device) for view in views)
             return model(one, two, torch.tensor(labels, device=self.ranks.device))
 
-        weights = self.fit("dino", model, [], 3000, 1e-3, lambda step: ("views", 64), loss_of)
+        weights = self.fit("dino", model, [], 2000, 1e-3, lambda step: ("views", 64), loss_of)
         self.finish(DINOTask(), weights, lambda task: save_half(task.network, self.folder / "dino"))
 
     def clip(self) -> None:
@@ -342,7 +342,7 @@ class Builder:
             words = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.ranks.device)
             return model(torch.stack(pictures).to(self.ranks.device), words.input_ids, words.attention_mask)
 
-        weights = self.fit("clip", model, [], 3000, 1e-3, lambda step: ("captions", 64), loss_of)
+        weights = self.fit("clip", model, [], 2000, 1e-3, lambda step: ("captions", 64), loss_of)
         self.finish(CLIPTask(), weights, lambda task: save_half(task.network, self.folder / "clip"))
 
     def vae(self, moving: bool = False) -> None:
@@ -410,7 +410,7 @@ class Builder:
             predict = lambda x_t, t: model(half(torch.cat([x_t, first], dim=2) if i2v else x_t), t, half(text))
             return training_loss(predict, x_0, eps, t, alpha_bar)
 
-        weights = self.fit(stage, model, list(model.transformer_blocks), 2000 if i2v else 8000, 1e-3, plan, loss_of,
+        weights = self.fit(stage, model, list(model.transformer_blocks), 1500 if i2v else 6000, 1e-3, plan, loss_of,
                            torch.bfloat16)
         if self.ranks.first:
             out = self.folder / "i2v" if i2v else self.folder
@@ -424,7 +424,7 @@ class Builder:
 
         out, count = self.work / "switch", lambda n: str(max(round(n * self.scale), 8))
         train_switch.run(train_switch.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(8000),
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(4000),
              "--images", count(8000), "--videos", count(4000), "--validate-every", "1000"]))
         self.ranks.wait()
         file = out / "pytorch_lora_weights.safetensors"
@@ -440,8 +440,8 @@ class Builder:
 
         out, count = self.work / "sugar", lambda n: str(max(round(n * self.scale), 8))
         train_sugar.run(train_sugar.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(6000),
-             "--batch", "32", "--real", count(8000), "--triplets", count(8000), "--validate-every", "1000"]))
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(2500),
+             "--batch", "32", "--real", count(6000), "--triplets", count(6000), "--validate-every", "1000"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
             distributed.leave(0)

@@ -98,7 +98,7 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = distributed.start(args.device)
+    ranks = distributed.start(args.device, args.sequence_parallel)
     check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets"))
     ranks.share(args.batch)
     folder = checkpoint.resolve(args.model)
@@ -143,7 +143,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
     model = load_transformer(weights, ranks.device, **sugar)
     if stage.frozen:
         freeze_first_half(model)
-    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
+    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute, args.compile)
     alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
 
     def plan(step: int) -> tuple[str, int]:

@@ -100,7 +100,7 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = distributed.start(args.device)
+    ranks = distributed.start(args.device, args.sequence_parallel)
     if args.strategy == "video-only":
         args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
     check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"))
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")
     model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
-    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute)
+    distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute, args.compile)
     alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
 
     def plan(step: int) -> tuple[str, int]:

@@ -75,7 +75,10 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="checkpoints/toy", help="the base: a folder or a hub id (default: %(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the computation (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: far less memory, a third slower")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: far less memory, a quarter slower")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks: slow to start, then faster")
+    parser.add_argument("--sequence-parallel", type=int, default=1, metavar="N",
+                        help="N ranks share each sample, for samples that are too long for one (default: %(default)s)")
     parser.add_argument("--plan", action="store_true", help="say what the run would take, and do not train")
     parser.add_argument("--gpu-memory", type=float, default=80, help="--plan: GB of each GPU (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.0, help="--plan: samples/s of all ranks (default: %(default)s)")
@@ -98,7 +101,7 @@ def options_of(args: argparse.Namespace, **changes) -> Options:
 def settings_of(args: argparse.Namespace, **more) -> dict:
     """What makes a run what it is: the flags without those that change neither weights nor metrics."""
     free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "resume", "max_skipped",
-            "recompute", "plan", "gpu_memory", "rate"}
+            "recompute", "compile", "sequence_parallel", "plan", "gpu_memory", "rate"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 
@@ -142,7 +145,7 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, sa
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
     one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim), 2 * config.dim
-    kept = one + inputs * config.num_layers if args.recompute else one * config.num_layers
+    kept = one + 2 * inputs * config.num_layers if args.recompute else one * config.num_layers
     largest = sum(p.numel() for p in block.parameters())
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,
@@ -213,16 +216,15 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
     while state.step < options.steps:
         stream, batch = plan(state.step)
         first = state.positions.get(stream, 0)
-        share = ranks.share(batch)
-        mine = range(first + ranks.rank * share, first + (ranks.rank + 1) * share)
+        mine = [first + i for i in ranks.share(batch)]
         torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank).initial_seed())
         model.train()
         total = torch.zeros((), dtype=torch.float64)
-        for low in range(0, share, options.micro_batch):
-            part = list(mine[low : low + options.micro_batch])
+        for low in range(0, len(mine), options.micro_batch):
+            part = mine[low : low + options.micro_batch]
             if hasattr(model, "set_requires_gradient_sync"):  # gradients meet once a step, after the last part
-                model.set_requires_gradient_sync(low + options.micro_batch >= share)
-            loss = loss_of(stream, part) * (len(part) / share)
+                model.set_requires_gradient_sync(low + options.micro_batch >= len(mine))
+            loss = loss_of(stream, part) * (len(part) / len(mine))
             loss.backward()
             total += loss.detach().double().cpu()
         loss = ranks.mean(total)

@@ -14,7 +14,9 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import pipeline
 import toy
-from pipeline import Request, Sampler, Settings
+from diffusion import alpha_bar_schedule
+from model import Config, Transformer
+from pipeline import Conditions, Request, Sampler, Settings
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 STEPS = 6  # 50 steps of both schedulers are in test_diffusion.py
@@ -90,3 +92,30 @@ def test_whole_runs_beside_diffusers(name, scheduler, tokenizer, tmp_path, monke
     [(_, ours)] = sampler.videos([request], settings)
     assert single.std() > 0.01  # the videos say something
     assert relative_error(ours.clamp(-1, 1), single) < max(10 * relative_error(single, double), 1e-6)
+
+
+@pytest.mark.parametrize("sugar", [False, True])
+def test_branches_that_do_not_fit_into_memory_go_in_turn(sugar, monkeypatch):
+    """A forward pass that has room for a batch of one alone: the same video, and the large batch is tried only once."""
+    image = dict(dino_dim=6, clip_dim=6, dino_tokens=5, clip_tokens=4) if sugar else {}
+    model = randomize(Transformer(Config(**VARIANTS["5b"], **image))).eval()
+    given = Conditions(torch.randn(1, 10, 32), torch.randn(1, 10, 32))
+    if sugar:
+        given.dino, given.clip = torch.randn(1, 5, 6), torch.randn(1, 4, 6)
+    else:
+        given.reference = torch.randn(1, 16, 6, 8)
+    x, alpha_bar = torch.randn(1, 3, 16, 6, 8), alpha_bar_schedule(OFFICIAL)
+    settings = Settings(9, 48, 64, 8, "ddim", steps=3)
+    sample = lambda: pipeline.sample_latents(model, given, alpha_bar, settings, x, lambda: None)
+    expected, batches, forward = sample(), [], Transformer.forward
+
+    def small(self, x, *args, **kwargs):
+        batches.append(len(x))
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", small)
+    assert relative_error(sample(), expected) < 1e-5
+    branches = 3 if sugar else 2
+    assert batches == [branches] + 3 * branches * [1]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,20 @@ def test_recomputed_activations_give_the_same_gradients():
         assert relative_error(p.grad.to_local(), expected[key]) < 1e-4 or expected[key].norm() < 1e-6, key
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_compute_the_same():
+    config = Config(**{**VARIANTS["5b"], "num_layers": 1})
+    model, given = randomize(Transformer(config)), dict(x=torch.randn(1, 3, 16, 8, 8), t=torch.tensor([500]), text=torch.randn(1, 10, 32))
+    model(**given).square().mean().backward()
+    expected, grads = model(**given).detach(), [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    names = list(model.state_dict())
+    distributed.compile_blocks(list(model.transformer_blocks))
+    assert list(model.state_dict()) == names and relative_error(model(**given).detach(), expected) < 1e-5
+    model(**given).square().mean().backward()
+    assert all(relative_error(p.grad, grad) < 1e-4 or grad.norm() < 1e-6 for p, grad in zip(model.parameters(), grads))
+
+
 @pytest.mark.parametrize("main", [train_switch.main, train_sugar.main])
 def test_the_plan_says_what_a_run_takes_and_does_not_train(main, base, tmp_path, capsys):
     assert main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --gpu-memory 0.001 --rate 10".split()) == 0
@@ -404,7 +419,8 @@ def test_bad_input_is_one_sentence_before_any_training(main, arguments, phrase, 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():
     ranks = distributed.Ranks(0, 3, torch.device("cpu"), None)
-    assert ranks.share(9) == 3
+    assert ranks.share(9) == range(3)
+    assert distributed.Ranks(3, 4, torch.device("cpu"), None, sequence=2).share(8) == range(4, 8)  # the second pair's half
     with pytest.raises(BadInput, match="8 cannot be shared out evenly among 3 ranks"):
         ranks.share(8)
 
