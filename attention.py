@@ -72,7 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None
         seen_k, seen_v = ([x[:, :, key] for key in keys] for x in (k, v))
         joined = [x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (seen_k, seen_v)]
         out.append(dense(q[:, :, queries], *joined))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+    # Joined as the kernels lay them out, [B, L, heads, d], so that nothing is copied when the heads are merged.
+    return out[0] if len(out) == 1 else torch.cat([x.transpose(1, 2) for x in out], dim=1).transpose(1, 2)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -83,8 +84,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
-def rotary_3d(frames: int, height: int, width: int, dim: int, base: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-    """Rotary angles of a [frames, height, width] grid of patches: cosines and sines, each [frames*height*width, dim].
+def rotary_3d(frames: int, height: int, width: int, dim: int, base: tuple[int, int] | None) -> Tensor:
+    """Rotary positions of a [frames, height, width] grid of patches, as numbers on the complex unit circle:
+    [frames*height*width, dim / 2], complex64.
 
     A quarter of `dim` turns with time, three eighths each with height and width. CogVideoX 1.0 stretches the spatial
     grid to the `base` (height, width) in patches that it was trained at, keeping the aspect ratio and centring it; 1.5
@@ -99,12 +101,12 @@ def rotary_3d(frames: int, height: int, width: int, dim: int, base: tuple[int, i
     angles = []
     for position, d in axes:
         frequency = 1.0 / 10000 ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
-        angles.append(torch.outer(position, frequency).repeat_interleave(2, dim=1))  # [n, d]: pairs turn together
+        angles.append(torch.outer(position, frequency))  # [n, d / 2]
     t, h, w = angles
     grid = (frames, height, width)
     angle = torch.cat([t[:, None, None].expand(*grid, -1), h[None, :, None].expand(*grid, -1),
                        w[None, None].expand(*grid, -1)], dim=-1).flatten(0, 2)
-    return angle.cos(), angle.sin()
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def resize_and_centre(height: int, width: int, base_height: int, base_width: int):
@@ -117,11 +119,17 @@ def resize_and_centre(height: int, width: int, base_height: int, base_width: int
     return (top, left), (top + new_height, left + new_width)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels of x [B, heads, L, d] by its angle (Switch eq. 1), in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+def apply_rotary(x: Tensor, turn: Tensor) -> Tensor:
+    """Turns each pair of neighbouring channels of x [..., d] by its angle (Switch eq. 1), in float32: a complex product. turn:
+    rotary_3d(), with the same dimensions before the last or ones that broadcast."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def apply_rotary_(x: Tensor, turn: Tensor) -> Tensor:
+    """apply_rotary() in place."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))).mul_(turn)  # of a float32 x this is x itself
+    return x if x.dtype == torch.float32 else x.copy_(torch.view_as_real(pairs).flatten(-2))
 
 
 def draw_designs(file: str = "designs.png", cell: int = 56) -> None:

@@ -312,19 +312,21 @@ def strided(shape: tuple, stride: tuple, dtype: torch.dtype, device: str) -> Ten
 
 
 @torch.no_grad()
-def floor(run: Run, args: argparse.Namespace) -> float:
-    """Seconds that the products of one run take by themselves, each on random numbers of the same shapes and strides."""
+def floor(run: Run, args: argparse.Namespace) -> Run:
+    """The products of one run by themselves, on random numbers of the same shapes and strides."""
     with Products() as products:
         run()
-    total = 0.0
-    for (op, given, named), count in products.seen.items():
-        is_tensor = lambda x: isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)
-        fresh = lambda x: (strided(*x, args.device) if is_tensor(x) else list(x) if isinstance(x, tuple) else x)
-        tensors, more = [fresh(x) for x in given], {key: fresh(value) for key, value in named}
-        again = lambda: op(*tensors, **more)
-        again()
-        total += count * statistics.median(seconds(again, args.device) for _ in range(3))
-    return total
+    is_tensor = lambda x: isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)
+    fresh = lambda x: strided(*x, args.device) if is_tensor(x) else list(x) if isinstance(x, tuple) else x
+    again = [(op, [fresh(x) for x in given], {key: fresh(value) for key, value in named}, count)
+             for (op, given, named), count in products.seen.items()]
+
+    def products_alone() -> None:
+        for op, given, named, count in again:
+            for _ in range(count):
+                op(*given, **named)
+
+    return torch.no_grad()(products_alone)
 
 
 def machine(args: argparse.Namespace) -> dict[str, float]:
@@ -356,25 +358,25 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
 def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:
     """One row: medians of the sides, which take turns, their peaks and floors."""
     print(f"\n{row}: {' '.join(getattr(ROWS[row], 'func', ROWS[row]).__doc__.split())}")
-    runs = {side: build() for side, build in ROWS[row](args).items()}
+    sides = {side: build() for side, build in ROWS[row](args).items()}
+    runs = {**sides} if args.compile else {**sides, **{f"floor of {side}": floor(run, args) for side, run in sides.items()}}
     times: dict[str, list[float]] = {side: [] for side in runs}
-    for turn in tqdm(range(args.runs + 1), f"{row}: {len(runs)} sides", leave=False):
+    for turn in tqdm(range(args.runs + 1), f"{row}: {len(sides)} sides", leave=False):
         for side, run in runs.items():
             times[side].append(seconds(run, args.device))
-    table, reference = {}, [side for side in runs if side in ("diffusers", "unmasked")][0]
-    for side, run in runs.items():
+    median, table = {side: statistics.median(values[1:]) for side, values in times.items()}, {}
+    reference = [side for side in sides if side in ("diffusers", "unmasked")][0]
+    for side, run in sides.items():
         with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
             run()
-        table[side] = {"seconds": statistics.median(times[side][1:]), "flop": counter.get_total_flops()}
-        if not args.compile:
-            table[side]["floor"] = floor(run, args)
-    del runs, run
+        table[side] = {"seconds": median[side], "floor": median.get(f"floor of {side}"), "flop": counter.get_total_flops()}
+    del sides, runs, run
     for side, entry in table.items():
         entry["peak"] = peak(row, side, args)
     print("\n| | seconds | of " + reference + " | over its floor | peak memory | of " + reference + " | TFLOP/s | of a matrix product's |"
           "\n|---|---|---|---|---|---|---|---|")
     for side, entry in table.items():
-        over = f"{entry['seconds'] / entry['floor'] - 1:+.0%}" if "floor" in entry else ""
+        over = f"{entry['seconds'] / entry['floor'] - 1:+.0%}" if entry["floor"] else ""
         rate = entry["flop"] / entry["seconds"]
         print(f"| {side} | {entry['seconds']:.3f} | {entry['seconds'] / table[reference]['seconds']:.2f} | {over} | "
               f"{entry['peak'] / 1e9:.2f} GB | {entry['peak'] / table[reference]['peak']:.2f} | {rate / 1e12:.3f} | "

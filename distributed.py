@@ -269,22 +269,20 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
         return torch.cat([mine, missing], dim=dim)
 
     def enter(block: nn.Module, args: tuple) -> tuple:
-        text, reference, video, emb, rotary, blocks, keep, lora = args
+        x, lengths, emb, turn, blocks, keep, lora = args
         if block is first:
-            streams = text, reference, video
-            shares, offset, order = [-(-x.shape[1] // world) for x in streams], 0, []
-            for x, share in zip(streams, shares):  # where in the gathered sequence, rank after rank, each token lies
-                token = torch.arange(x.shape[1], device=x.device)
+            shares, offset, order = [-(-length // world) for length in lengths], 0, []
+            for length, share in zip(lengths, shares):  # where in the gathered sequence, rank after rank, each token lies
+                token = torch.arange(length, device=x.device)
                 order.append(token // max(share, 1) * sum(shares) + offset + token % max(share, 1))
                 offset += share
-            text, reference, video = (part(x, 1) for x in streams)
-            now.update(order=torch.cat(order), video=streams[2].shape[1], rotary=None, lora=None)
-            if rotary is not None:
-                lengths = [streams[1].shape[1], streams[2].shape[1]]
-                now["rotary"] = [torch.cat([part(x, x.dim() - 2) for x in angle.split(lengths, dim=-2)], dim=-2) for angle in rotary]
+            now.update(order=torch.cat(order), video=lengths[2], shares=tuple(shares), turn=None, lora=None)
+            if turn is not None:
+                now["turn"] = torch.cat([part(y, y.dim() - 2) for y in turn.split(lengths[1:], dim=-2)], dim=-2)
             if lora is not None:
                 now["lora"] = slice(shares[0], shares[0] + shares[1])
-        return text, reference, video, emb, now["rotary"], blocks, keep, now["lora"]
+            x = torch.cat([part(y, 1) for y in x.split(lengths, dim=1)], dim=1)
+        return x, now["shares"], emb, now["turn"], blocks, keep, now["lora"]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks, keep: Tensor | None) -> Tensor:
         """q, k, v [B, heads, L / world, d], of this rank's tokens."""
@@ -295,9 +293,8 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
         padded = seen.new_zeros(B, heads // world, world * length, d).index_copy(2, now["order"], seen)
         return Trade.apply(padded.unflatten(2, (world, length)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
-    def leave(block: nn.Module, args: tuple, out: tuple) -> tuple:
-        text, reference, video = out
-        return text, reference, Gather.apply(video, group)[:, : now["video"]]
+    def leave(block: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        return Gather.apply(out[:, -now["shares"][2] :], group)[:, : now["video"]]  # of the others nothing is asked any more
 
     for block in model.transformer_blocks:
         block.register_forward_pre_hook(enter)

@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from attention import apply_rotary, attention, rotary_3d, selective_blocks
+from attention import apply_rotary, apply_rotary_, attention, rotary_3d, selective_blocks
 from checkpoint import BadInput
 from lora import Adapter, load_adapter, on_tokens, without_lora
 
+Lengths = tuple[int, int, int]  # tokens of the text (with DINO and CLIP before it), of the reference, and of the video
 SUGAR_PARTS = ("dino_proj.", "clip_proj.", "null_dino", "null_clip")  # what SUGAR adds to a CogVideoX checkpoint
 
 
@@ -151,16 +152,19 @@ class AdaLayerNormZero(nn.Module):
         self.linear = nn.Linear(config.time_embed_dim, 6 * config.dim)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
-    def forward(self, text: Tensor, reference: Tensor, video: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """-> normed [text; reference; video] [B, L, dim], and the gate [B, 1, dim] of each."""
+    def forward(self, x: Tensor, lengths: Lengths, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x [B, L, dim], text, reference and video -> x normed, and the gate [B, 1, dim] of each."""
         emb = F.silu(emb)
         adapted = self.linear(emb)
         base = adapted if self.norm_lora == "all" else without_lora(self.linear, emb)
         video_triple, text_triple = base.unsqueeze(1).chunk(6, dim=-1)[:3], base.unsqueeze(1).chunk(6, dim=-1)[3:]
         reference_triple = adapted.unsqueeze(1).chunk(6, dim=-1)[:3]
-        streams = ((text, text_triple), (reference, reference_triple), (video, video_triple))
-        x = torch.cat([self.norm(x) * (1 + scale) + shift for x, (shift, scale, _) in streams], dim=1)
-        return x, [gate for _, (_, _, gate) in streams]
+        triples = (text_triple, reference_triple, video_triple)
+        x = self.norm(x)
+        in_place, parts = not torch.is_grad_enabled(), x.split(lengths, dim=1)
+        modulated = [torch.addcmul(shift, part, 1 + scale, out=part if in_place else None)
+                     for part, (shift, scale, _) in zip(parts, triples)]
+        return x if in_place else torch.cat(modulated, dim=1), [gate for _, _, gate in triples]
 
 
 class Attention(nn.Module):
@@ -172,15 +176,22 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
         self.attend = attention  # distributed.py puts another in its place when a sequence is split among ranks
 
-    def forward(self, x: Tensor, rotary, blocks, keep: Tensor | None, lora: slice | None) -> Tensor:
-        """x [B, L, dim]; rotary turns the last tokens of the sequence, as many as it has angles for."""
-        q, k, v = (on_tokens(to, x, lora).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, d]
+    def forward(self, x: Tensor, turn: Tensor | None, blocks, keep: Tensor | None, lora: slice | None) -> Tensor:
+        """x [B, L, dim]; turn [.., tokens, d / 2], complex: rotary positions of the last tokens of the sequence."""
+        q, k, v = (on_tokens(to, x, lora).unflatten(-1, (self.heads, -1))  # [B, L, heads, d]
                    for to in (self.to_q, self.to_k, self.to_v))
         q, k = self.norm_q(q), self.norm_k(k)
-        if rotary is not None:
-            still = x.shape[1] - rotary[0].shape[-2]
-            q, k = (torch.cat([y[:, :, :still], apply_rotary(y[:, :, still:], *rotary)], dim=2) for y in (q, k))
+        if turn is not None:
+            q, k = (self.rotate(y, x.shape[1] - turn.shape[-2], turn.unsqueeze(-2)) for y in (q, k))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, L, d]
         return on_tokens(self.to_out[0], self.attend(q, k, v, blocks, keep).transpose(1, 2).flatten(2), lora)
+
+    def rotate(self, y: Tensor, still: int, turn: Tensor) -> Tensor:
+        """y [B, L, heads, d] with all tokens turned but the first `still`."""
+        if torch.is_grad_enabled():
+            return torch.cat([y[:, :still], apply_rotary(y[:, still:], turn)], dim=1)
+        apply_rotary_(y[:, still:], turn)
+        return y
 
 
 class GELU(nn.Module):
@@ -196,7 +207,10 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GELU(config.dim, inner), nn.Identity(), nn.Linear(inner, config.dim)])
 
     def forward(self, x: Tensor, lora: slice | None) -> Tensor:
-        return on_tokens(self.net[2], F.gelu(on_tokens(self.net[0].proj, x, lora), approximate="tanh"), lora)
+        inner = on_tokens(self.net[0].proj, x, lora)
+        # The largest tensor of all: when sampling, in place, as fresh memory would take longer than the function itself.
+        inner = (F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_)(inner, approximate="tanh")
+        return on_tokens(self.net[2], inner, lora)
 
 
 class Block(nn.Module):
@@ -207,21 +221,21 @@ class Block(nn.Module):
         self.norm2 = AdaLayerNormZero(config)
         self.ff = FeedForward(config)
 
-    def forward(self, text: Tensor, reference: Tensor, video: Tensor, emb: Tensor, rotary, blocks, keep: Tensor | None,
-                lora: slice | None):
-        """text, reference, video: [B, L_i, dim], the reference of any length from 0. Returns the three, updated.
+    def forward(self, x: Tensor, lengths: Lengths, emb: Tensor, turn: Tensor | None, blocks, keep: Tensor | None,
+                lora: slice | None) -> Tensor:
+        """x [B, L, dim] -> the same, updated; where no gradient is asked for, in place.
 
-        keep: [B, L] bool, which tokens may be attended to; None is all.
-        lora: the tokens of [text; reference; video] on which adapted attention and feed-forward layers act; None is all.
+        turn: see Attention. blocks: of attention.selective_blocks(). keep: [B, L] bool, which tokens may be attended to; None
+        is all. lora: the tokens on which adapted attention and feed-forward layers act; None is all.
         """
-        lengths = [text.shape[1], reference.shape[1], video.shape[1]]
-        for norm, layer in ((self.norm1, lambda x: self.attn1(x, rotary, blocks, keep, lora)),
+        for norm, layer in ((self.norm1, lambda x: self.attn1(x, turn, blocks, keep, lora)),
                             (self.norm2, lambda x: self.ff(x, lora))):
-            x, gates = norm(text, reference, video, emb)
-            updates = layer(x).split(lengths, dim=1)
-            text, reference, video = (
-                y + gate * update for y, gate, update in zip((text, reference, video), gates, updates))
-        return text, reference, video
+            normed, gates = norm(x, lengths, emb)
+            parts, updates, in_place = x.split(lengths, dim=1), layer(normed).split(lengths, dim=1), not torch.is_grad_enabled()
+            sums = [torch.addcmul(part, gate, update, out=part if in_place else None)
+                    for part, gate, update in zip(parts, gates, updates)]
+            x = x if in_place else torch.cat(sums, dim=1)
+        return x
 
 
 class NormOut(nn.Module):
@@ -234,7 +248,7 @@ class NormOut(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         shift, scale = self.linear(F.silu(emb)).unsqueeze(1).chunk(2, dim=-1)
-        return self.norm(x) * (1 + scale) + shift
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
 
 
 class Transformer(nn.Module):
@@ -293,20 +307,22 @@ class Transformer(nn.Module):
             blocks = selective_blocks(config.design, (images, text.shape[1], first, video.shape[1] - first))
             text = torch.cat([image, text], dim=1)
 
-        rotary = None
+        turn = None
         if config.use_rotary_positional_embeddings:
-            rotary = self.rotary(T, H, W, reference.shape[1] > 0, x.device)
+            turn = self.rotary(T, H, W, reference.shape[1] > 0, x.device)
         keep = None
         if keep_reference is not None:  # a token that nobody may attend to is as good as gone
-            if rotary is not None:  # and where all are gone, the video is frames 0..T-1, as in the base
-                alone = [F.pad(angle, (0, 0, reference.shape[1], 0)) for angle in self.rotary(T, H, W, False, x.device)]
-                some = keep_reference.any(dim=1)[:, None, None, None]
-                rotary = [torch.where(some, angle, other) for angle, other in zip(rotary, alone)]  # [B, 1, tokens, d]
+            if turn is not None:  # and where all are gone, the video is frames 0..T-1, as in the base
+                alone = self.rotary(T, H, W, False, x.device)
+                alone = torch.cat([alone[:1].expand(reference.shape[1], -1), alone])
+                turn = torch.where(keep_reference.any(dim=1)[:, None, None], turn, alone)  # [B, tokens, d / 2]
             before, after = (torch.ones(B, part.shape[1], dtype=torch.bool, device=x.device) for part in (text, video))
             keep = torch.cat([before, keep_reference, after], dim=1)
         lora = slice(text.shape[1], text.shape[1] + reference.shape[1]) if only_reference else None
+        lengths, sequence = (text.shape[1], reference.shape[1], video.shape[1]), torch.cat([text, reference, video], dim=1)
         for block in self.transformer_blocks:
-            text, reference, video = block(text, reference, video, emb, rotary, blocks, keep, lora)
+            sequence = block(sequence, lengths, emb, turn, blocks, keep, lora)
+        video = sequence[:, -lengths[2] :]
         return self.unpatchify(self.proj_out(self.norm_out(self.norm_final(video), emb)), T, H, W)
 
     def image_tokens(self, features: Tensor | None, keep: Tensor | None, proj: nn.Linear, null: Tensor, count: int,
@@ -318,8 +334,8 @@ class Transformer(nn.Module):
             features = torch.where(keep[:, None, None], features, null.to(features.dtype))
         return proj(features)
 
-    def rotary(self, T: int, H: int, W: int, with_reference: bool, device) -> tuple[Tensor, Tensor]:
-        """Angles of [reference; video]: the reference is frame 0 and the video frames 1..T; alone, the video is 0..T-1."""
+    def rotary(self, T: int, H: int, W: int, with_reference: bool, device) -> Tensor:
+        """Positions of [reference; video]: the reference is frame 0 and the video frames 1..T; alone, the video is 0..T-1."""
         config, p = self.config, self.config.patch_size
         frames, height, width = patch_grid(config, T, H, W)
         base = (config.sample_height // p, config.sample_width // p) if config.patch_size_t is None else None
@@ -354,8 +370,8 @@ def patch_grid(config: Config, T: int, H: int, W: int) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=8)
-def rotary_on(frames: int, height: int, width: int, dim: int, base: tuple[int, int] | None, device: str):
-    return tuple(angle.to(device) for angle in rotary_3d(frames, height, width, dim, base))
+def rotary_on(frames: int, height: int, width: int, dim: int, base: tuple[int, int] | None, device: str) -> Tensor:
+    return rotary_3d(frames, height, width, dim, base).to(device)
 
 
 @lru_cache(maxsize=8)

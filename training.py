@@ -124,11 +124,10 @@ def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 64
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its address would be used again
         return tensor
 
-    text, reference, video = (torch.randn(1, n, dim, dtype=torch.bfloat16, requires_grad=True) for n in
-                              (tokens // 4, tokens // 4, tokens // 2))
-    angles = torch.zeros(tokens // 2, dim // block.attn1.heads)
+    x, lengths = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True), (tokens // 4, tokens // 4, tokens // 2)
+    turn = torch.zeros(tokens // 2, dim // block.attn1.heads // 2, dtype=torch.complex64)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        block(text, reference, video, torch.randn(1, emb_dim, dtype=torch.bfloat16), (angles, angles), None, None, None)
+        block(x, lengths, torch.randn(1, emb_dim, dtype=torch.bfloat16), turn, None, None, None)
     return sum(size for size, _ in kept.values()) / tokens
 
 

@@ -130,7 +130,7 @@ def test_norm_lora_reference_leaves_text_and_video_to_the_base_norm():
 
     for mode, others in (("reference", base), ("all", full)):
         norm.norm_lora = mode
-        x, gates = norm(text, reference, video, emb)
+        x, gates = norm(torch.cat([text, reference, video], dim=1), (4, 3, 6), emb)
         wanted = [modulated(text, others.chunk(6, 1)[3:]), modulated(reference, full.chunk(6, 1)[:3]),
                   modulated(video, others.chunk(6, 1)[:3])]
         assert torch.allclose(x, torch.cat([y for y, _ in wanted], dim=1), atol=1e-5)
