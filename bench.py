@@ -84,7 +84,7 @@ def our_transformer(args: argparse.Namespace, compiled: bool = True, **more) -> 
 def their_transformer(args: argparse.Namespace) -> nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
-    config, T = config_of(args), latents(args)[0]
+    config = config_of(args)
     with torch.device("meta"):
         model = CogVideoXTransformer3DModel(num_attention_heads=config.num_attention_heads, num_layers=args.layers,
                                             use_rotary_positional_embeddings=True, sample_frames=args.frames,

@@ -12,7 +12,6 @@ never twice the same.
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from checkpoint import BadInput
+from checkpoint import BadInput, exit_status
 from data import Encoder
 from distributed import Ranks
 
@@ -178,9 +177,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: run(parse(argv)))

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +26,19 @@ SHARD = 5 * 10**9  # bytes in a shard that we write, diffusers' default
 
 class BadInput(Exception):
     """Something a person gave cannot work. The message is a sentence: what is wrong, where, and what to do."""
+
+
+def exit_status(run: Callable[[], None], interrupted: str = "interrupted") -> int:
+    """Runs a command. What a person gave wrong is said in one sentence and is status 2; Ctrl-C is status 130."""
+    try:
+        run()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    return 0
 
 
 class Entry(NamedTuple):

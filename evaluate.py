@@ -37,7 +37,7 @@ import motion
 import prompts
 import sample
 import world
-from checkpoint import BadInput
+from checkpoint import BadInput, exit_status
 from data import ToyTest
 from readers import DreamBench
 from scorers import PUBLISHED, TITLES, Scorers, bootstrap
@@ -360,12 +360,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        {"generate": generate, "score": score, "sheet": sheet, "ablate": ablate, "motion": motion.motion}[args.command](args)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    command = {"generate": generate, "score": score, "sheet": sheet, "ablate": ablate, "motion": motion.motion}[args.command]
+    return exit_status(lambda: command(args))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch
 import checkpoint
 import distributed
 import media
-from checkpoint import BadInput
+from checkpoint import BadInput, exit_status
 from encoders import GroundedSAM
 from pipeline import DTYPES, Request, Sampler, Settings
 
@@ -227,21 +227,17 @@ def check_image_use(request: Request, sampler: Sampler) -> None:
                        "SUGAR.")
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        sampler, settings, requests, rank = prepare(parse(argv))
-        if requests:
-            sampler.run(requests, settings, rank)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+def run(args: argparse.Namespace) -> None:
+    sampler, settings, requests, rank = prepare(args)
+    if requests:
+        sampler.run(requests, settings, rank)
     if sampler is None or sampler.split is None or rank == 0:
         for request in requests:
             print(request.out)
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: run(parse(argv)))
 
 
 def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, list[Request], int]:

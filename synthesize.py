@@ -22,7 +22,6 @@ import hashlib
 import importlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,7 @@ import checkpoint
 import distributed
 import media
 import world
-from checkpoint import BadInput
+from checkpoint import BadInput, exit_status
 from encoders import GroundedSAM
 from flow import Flow, flow_magnitude
 from pipeline import Request, Sampler
@@ -386,15 +385,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        run(args)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run(args), interrupted="interrupted; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ import evaluate
 import media
 import world
 from cache import stored_settings, write_cache
-from checkpoint import BadInput, name_base
+from checkpoint import BadInput, exit_status, name_base
 from data import Encoder, Stream, Toy, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
 from lora import Adapter, inject, lora_state_dict, read_adapter, save_adapter
 from model import Config, Transformer, init_sugar, load_transformer, save_tensors, save_transformer
-from training import Options, exit_status, generator, train
+from training import Options, generator, train
 from vae import VAE, VAEConfig, load_vae, save_vae
 
 TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 24  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt

@@ -20,14 +20,13 @@ import distributed
 import world
 from attention import DESIGNS
 from cache import Cache
-from checkpoint import BadInput
+from checkpoint import BadInput, exit_status
 from data import Encoder, OneFrame, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors
 from pipeline import Settings, read_schedule
 from readers import add_arguments, clip_of, open_data
-from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
-                      train)
+from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
 from vae import VAEConfig
 from validation import Validation
 

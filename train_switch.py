@@ -16,15 +16,14 @@ from torch import Tensor
 
 import checkpoint
 import distributed
-from checkpoint import BadInput
+from checkpoint import BadInput, exit_status
 from data import Encoder, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
 from pipeline import read_schedule, switch_stands_on
 from readers import add_arguments, clip_of, open_data
-from training import (DTYPES, Options, add_common, check_range, exit_status, generator, options_of, print_plan, settings_of,
-                      train)
+from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
 from vae import VAEConfig
 from validation import Validation
 

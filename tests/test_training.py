@@ -29,7 +29,7 @@ from distributed import bounds, last_checkpoint
 from lora import Adapter
 from model import Config, Transformer
 from training import Options, generator, learning_rate
-from vae import VAE, VAEConfig
+from vae import VAEConfig
 
 SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --p 0.4 --lr 0.01"
 SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001"
@@ -147,8 +147,6 @@ def test_two_ranks_are_one_rank_and_what_two_saved_one_resumes(script, arguments
         if (folder / "checkpoints" / "step-000005").exists():
             (folder / "checkpoints" / "step-000005" / "state.json").unlink()
     for finished in (tmp_path / "two").glob("*/transformer"):
-        import shutil
-
         shutil.rmtree(finished)
     said = finish(start(script, base, tmp_path / "two", arguments + " --steps 5"))
     assert "falling back to the one before" in said
