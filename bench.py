@@ -406,7 +406,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of the sampling loops (default: %(default)s)")
     parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--compile", action="store_true", help="compiled blocks, on both sides")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing in the training step, on both sides")
+    parser.add_argument("--recompute", nargs="?", const="all", choices=["all", "keep-attention"],
+                        help="activation checkpointing in the training step, on both sides")
     parser.add_argument("--model", choices=list(MODELS), default="2b", help="load: which (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=10000, help="data: over which memory is watched (default: %(default)s)")
     parser.add_argument("--child", metavar="SIDE", help=argparse.SUPPRESS)

@@ -129,7 +129,7 @@ def leave(status: int) -> NoReturn:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16,
-          recompute: bool = False, compiled: bool = False) -> FSDPModule:
+          recompute: str | None = None, compiled: bool = False) -> FSDPModule:
     """FSDP2: each block is gathered for its own forward and backward pass only. Parameters stay float32, are gathered and
     computed with in `dtype`, and gradients are averaged over ranks in float32.
 
@@ -139,7 +139,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
     if compiled:
         compile_blocks(blocks)
     if recompute:
-        recompute_blocks(blocks)
+        recompute_blocks(blocks, recompute == "keep-attention")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
@@ -163,14 +163,14 @@ def compile_blocks(blocks: list[nn.Module]) -> None:
         block.forward = torch.compile(block.forward, dynamic=False)
 
 
-def recompute_blocks(blocks: list[nn.Module]) -> None:
-    """Selective activation checkpointing: of each block its input and the outcome of its attention are kept, which takes the
-    longest to compute; the rest is computed again in the backward pass."""
-    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in
-            ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
-    context = partial(create_selective_checkpoint_contexts, kept)
+def recompute_blocks(blocks: list[nn.Module], keep_attention: bool) -> None:
+    """Activation checkpointing. Of each block only the input is kept, the rest is computed again in the backward pass.
+    keep_attention: all but the outcome of its attention, which is as large as the input and takes the longest to compute."""
+    kernels = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in kernels]
+    selective = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if keep_attention else {}
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=context)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
 
 
 def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tensor]:

@@ -75,7 +75,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="checkpoints/toy", help="the base: a folder or a hub id (default: %(default)s)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the computation (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--recompute", action="store_true", help="activation checkpointing: far less memory, a quarter slower")
+    parser.add_argument("--recompute", nargs="?", const="all", choices=["all", "keep-attention"],
+                        help="activation checkpointing: far less memory, a third slower; keep-attention keeps what takes longest")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks: slow to start, then faster")
     parser.add_argument("--sequence-parallel", type=int, default=1, metavar="N",
                         help="N ranks share each sample, for samples that are too long for one (default: %(default)s)")
@@ -134,7 +135,8 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, sa
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
     one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim), 2 * config.dim
-    kept = one + 2 * inputs * config.num_layers if args.recompute else one * config.num_layers
+    each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
+    kept = each * config.num_layers + (one if args.recompute else 0)
     largest = sum(p.numel() for p in block.parameters())
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,

@@ -8,7 +8,7 @@ import torch
 import distributed
 from model import Config, Transformer
 
-file, seed, sequence, recompute = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "recompute"
+file, seed, sequence, recompute = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] if sys.argv[4:] else None
 ranks, worst = distributed.start("cpu", sequence), {}
 for kind in ("reference", "sugar"):
     torch.manual_seed(seed)

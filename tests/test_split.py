@@ -38,9 +38,9 @@ def test_ranks_share_a_forward_pass(ranks, branches, tmp_path, seed):
         assert torch.equal(shared, again)
 
 
-@pytest.mark.parametrize("ranks,sequence,recompute", [(2, 2, "keep"), (4, 2, "recompute")])
+@pytest.mark.parametrize("ranks,sequence,recompute", [(2, 2, []), (4, 2, ["keep-attention"])])
 def test_ranks_share_each_training_sample(ranks, sequence, recompute, tmp_path, seed):
-    torchrun(ranks, Path(__file__).with_name("sequence_worker.py"), tmp_path / "worst.pt", seed, sequence, recompute)
+    torchrun(ranks, Path(__file__).with_name("sequence_worker.py"), tmp_path / "worst.pt", seed, sequence, *recompute)
     worst = torch.load(tmp_path / "worst.pt", weights_only=True)
     assert len(worst) > 120
     assert max(worst.values()) < 1e-4, max(worst.items(), key=lambda item: item[1])

@@ -18,6 +18,7 @@ from cli import ROOT
 from conftest import VARIANTS, randomize, relative_error
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import distributed
 import toy
@@ -308,15 +309,29 @@ def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, 
     assert not changed & first
 
 
-def test_recomputed_activations_give_the_same_gradients():
+class Attentions(TorchDispatchMode):
+    """Counts the attentions that are computed inside it, the backward passes' own kernels aside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += "_scaled_dot_product" in op.name() and "backward" not in op.name()
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", ["all", "keep-attention"])
+def test_recomputed_activations_give_the_same_gradients(recompute):
     model, given = Transformer(Config(**VARIANTS["5b"])), dict(
         x=torch.randn(1, 3, 16, 8, 8), t=torch.tensor([500]), text=torch.randn(1, 10, 32))
     model(**given).square().mean().backward()
     expected = {key: p.grad.clone() for key, p in model.named_parameters()}
     model.zero_grad()
     ranks = distributed.start("cpu")
-    distributed.shard(model, list(model.transformer_blocks), ranks, torch.float32, recompute=True)
-    model(**given).square().mean().backward()
+    distributed.shard(model, list(model.transformer_blocks), ranks, torch.float32, recompute)
+    loss = model(**given).square().mean()
+    with Attentions() as attentions:
+        loss.backward()
+    assert attentions.count == (0 if recompute == "keep-attention" else len(model.transformer_blocks))
     for key, p in model.named_parameters():
         assert relative_error(p.grad.to_local(), expected[key]) < 1e-4 or expected[key].norm() < 1e-6, key
 
