@@ -6,11 +6,9 @@
 """
 
 import argparse
-import json
-import re
 import shutil
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,156 +26,12 @@ from checkpoint import BadInput, exit_status, name_base
 from data import Encoder, Stream, Toy, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
-from lora import Adapter, inject, lora_state_dict, read_adapter, save_adapter
-from model import Config, Transformer, init_sugar, load_transformer, save_tensors, save_transformer
+from lora import read_adapter, save_adapter
+from model import load_transformer, save_tensors
+from toy_networks import (IMAGE_DIM, SCHEDULE, SIDE, TEXT_DIM, TOKENS, clip_tokenizer, init, new_image_encoder, new_text_encoder,
+                          new_transformer, new_vae, save_half, start_from_base, write_frame, write_tokenizer, write_variant)
 from training import Options, generator, train
-from vae import VAE, VAEConfig, load_vae, save_vae
-
-TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 24  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
-SIDE, PATCH = 48, 12  # pixels of the image encoders' input and of their patches
-IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1
-BASE = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, time_embed_dim=64, text_embed_dim=TEXT_DIM,
-            max_text_seq_length=TOKENS, sample_height=8, sample_width=8, sample_frames=9, use_rotary_positional_embeddings=True)
-SUGAR = dict(dino_dim=IMAGE_DIM, clip_dim=IMAGE_DIM, dino_tokens=IMAGE_TOKENS, clip_tokens=IMAGE_TOKENS)
-SCHEDULE = {"_class_name": "CogVideoXDDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
-            "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
-            "rescale_betas_zero_snr": True, "set_alpha_to_one": True, "snr_shift_scale": 1.0, "clip_sample": False,
-            "timestep_spacing": "trailing"}
-
-
-# --- the networks, untrained ------------------------------------------------------------------------------------------
-
-
-def write_tokenizer(folder: Path) -> int:
-    """A SentencePiece model with T5's conventions, as the official checkpoints ship it. Returns the number of tokens."""
-    import sentencepiece
-
-    folder.mkdir(parents=True)
-    corpus = folder / "corpus.txt"
-    sentences = list(world.sentences())
-    words = {word for sentence in sentences for word in re.findall(r"\w+", sentence)}
-    corpus.write_text("\n".join(sentences + 200 * sorted(words)), encoding="utf-8")  # so that a word is one token
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "spiece"), vocab_size=400, hard_vocab_limit=False, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, model_type="unigram", minloglevel=2,
-        required_chars="abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?'-")
-    corpus.unlink()
-    (folder / "spiece.vocab").unlink()
-    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": TOKENS, "extra_ids": 100, "eos_token": "</s>",
-              "unk_token": "<unk>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return Tokenizer(folder).size
-
-
-def new_text_encoder(tokens: int) -> nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(T5Config(vocab_size=tokens + 28, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
-                                   feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0))
-
-
-def new_image_encoder(part: str) -> nn.Module:
-    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, Dinov2Config, Dinov2Model
-
-    shape = dict(hidden_size=IMAGE_DIM, num_hidden_layers=4, num_attention_heads=4, image_size=SIDE, patch_size=PATCH)
-    if part == "dino":
-        return Dinov2Model(Dinov2Config(**shape, mlp_ratio=3))
-    tokenizer = clip_tokenizer()
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=TEXT_DIM, intermediate_size=2 * TEXT_DIM, num_hidden_layers=2,
-                          num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=64,
-                          bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                          pad_token_id=tokenizer.pad_token_id)
-    vision = CLIPVisionConfig(**shape, intermediate_size=3 * IMAGE_DIM, projection_dim=64)
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
-
-
-@lru_cache(maxsize=1)
-def clip_tokenizer():
-    """CLIP's tokenizer, trained on the world's words: those of the captions, and names that only CLIP's captions have."""
-    from transformers import CLIPTokenizer
-
-    start = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[], model_max_length=TOKENS)
-    return start.train_new_from_iterator([*world.sentences(), *(20 * [*world.SHAPES, *world.COLOURS])], 600)
-
-
-def new_vae() -> VAE:
-    return VAE(VAEConfig(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_height=64,
-                         sample_width=64, scaling_factor=1.0))
-
-
-def new_transformer(**changes) -> Transformer:
-    """A transformer to be trained from nothing: as in DiT, gates, modulation and output start at zero, so that each block
-    starts as the identity."""
-    model = Transformer(Config(**{**BASE, **changes}))
-    for block in model.transformer_blocks:
-        for norm in (block.norm1, block.norm2):
-            nn.init.zeros_(norm.linear.weight)
-            nn.init.zeros_(norm.linear.bias)
-    for layer in (model.norm_out.linear, model.proj_out):
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    return model
-
-
-@torch.no_grad()
-def start_from_base(model: Transformer, base: Path) -> None:
-    """An image-to-video model that begins as the text-to-video model `base`: it does not look at its image yet."""
-    weights = load_transformer(base).state_dict()
-    patch = weights["patch_embed.proj.weight"]
-    weights["patch_embed.proj.weight"] = torch.cat([patch, torch.zeros_like(patch)], dim=1)
-    model.load_state_dict(weights)
-
-
-def save_half(network: nn.Module, folder: Path) -> None:
-    """A network of transformers, as it is shipped: in float16."""
-    network.half().save_pretrained(folder)
-    if folder.name == "clip":
-        clip_tokenizer().save_pretrained(folder)
-    if folder.name in ("dino", "clip"):
-        settings = {"crop_size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def write_frame(folder: Path) -> None:
-    """What is not trained: scheduler and model_index.json."""
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE, indent=2) + "\n")
-    parts = {"tokenizer": ["transformers", "T5Tokenizer"], "text_encoder": ["transformers", "T5EncoderModel"],
-             "vae": ["diffusers", "AutoencoderKLCogVideoX"], "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
-             "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline", **parts}, indent=2) + "\n")
-
-
-def write_variant(folder: Path, model: Transformer) -> None:
-    """A transformer that shares everything else with the toy it lies in."""
-    save_transformer(model, folder / "transformer", torch.bfloat16)
-    name_base(folder, "..")
-
-
-def init(folder: Path) -> None:
-    """Writes a complete untrained checkpoint, a Switch adapter, a SUGAR model and an image-to-video model."""
-    torch.manual_seed(0)
-    save_half(new_text_encoder(write_tokenizer(folder / "tokenizer")), folder / "text_encoder")
-    for part in ("dino", "clip"):
-        save_half(new_image_encoder(part), folder / part)
-    save_vae(new_vae(), folder / "vae")
-    write_frame(folder)
-    base = Transformer(Config(**BASE))  # not new_transformer(): a network of zeros would hide what it is given
-    save_transformer(base, folder / "transformer", torch.bfloat16)
-    sugar = Transformer(Config(**BASE, **SUGAR))
-    sugar.load_state_dict(base.state_dict(), strict=False)
-    init_sugar(sugar, "cpu", torch.float32)
-    write_variant(folder / "sugar", sugar)
-    write_variant(folder / "i2v", Transformer(Config(**BASE, in_channels=32)))
-    adapter = Adapter(rank=8, alpha=4.0)
-    inject(base, adapter.rank, adapter.alpha)
-    for key, tensor in lora_state_dict(base).items():
-        if ".lora_B." in key:
-            nn.init.normal_(tensor, std=0.05)  # an adapter at zero would change nothing
-    save_adapter(base, folder / "switch", adapter)
-
-
-# --- training, stage by stage -----------------------------------------------------------------------------------------
+from vae import load_vae, save_vae
 
 
 class TextTask(nn.Module):

@@ -9,10 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must no
 
 import pytest
 import torch
-import toy
+import toy_networks
 from cli import checkpoint_folder, here, one_thread, sampled  # noqa: F401 (fixtures)
 
-toy.BASE["num_layers"] = 4  # half of the toy, for the tests' sake
+toy_networks.BASE["num_layers"] = 4  # half of the toy, for the tests' sake
 
 # The five official variants, narrow and shallow, with everything that distinguishes them.
 TINY = dict(num_attention_heads=2, attention_head_dim=64, num_layers=2, text_embed_dim=32, time_embed_dim=64,

@@ -9,7 +9,7 @@ import ablations
 import evaluate
 import figures
 import sample
-import toy
+import toy_networks
 import train_sugar
 import train_switch
 from ablations import ABLATIONS, Finding, over_seeds, verdict
@@ -49,7 +49,7 @@ def test_a_verdict_is_about_differences_seed_by_seed(differences, said):
 
 
 def test_a_quick_ablation_runs_and_runs_are_shared(tmp_path, monkeypatch, capsys):
-    toy.init(tmp_path / "toy")
+    toy_networks.init(tmp_path / "toy")
     capsys.readouterr()
     command = ["ablate", "switch-cls", "--quick", "--model", str(tmp_path / "toy"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert evaluate.main(command) == 0

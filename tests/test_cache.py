@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import distributed
-import toy
+import toy_networks
 import train_switch
 from cache import Cache, shard_file, stored_settings, write_cache
 from checkpoint import BadInput
@@ -23,7 +23,7 @@ from data import Encoder, Stream, Toy
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "toy"
-    toy.init(folder)
+    toy_networks.init(folder)
     return folder
 
 
@@ -44,7 +44,7 @@ def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("stream,sugar", [("pairs", False), ("videos", False), ("triplets", True)])
 def test_a_cache_gives_what_encoding_gives(stream, sugar, base, ranks, tmp_path, seed):
-    encoder = Encoder(base, "none" if sugar else "token", toy.TOKENS, "cpu", sugar)
+    encoder = Encoder(base, "none" if sugar else "token", toy_networks.TOKENS, "cpu", sugar)
     written = write_cache(tmp_path / "cache", Toy(stream, seed), 8, encoder, ranks, seed, stored_settings(encoder, stream))
     assert len(written) == 8 and len(list((tmp_path / "cache").glob("shard-*"))) == 3
     plain, cached = (Stream(data, 8, encoder, seed) for data in (Toy(stream, seed), Cache(tmp_path / "cache")))
@@ -53,7 +53,7 @@ def test_a_cache_gives_what_encoding_gives(stream, sugar, base, ranks, tmp_path,
 
 
 def test_what_is_there_is_not_encoded_again(base, ranks, tmp_path):
-    encoder, folder = Encoder(base, "token", toy.TOKENS, "cpu"), tmp_path / "cache"
+    encoder, folder = Encoder(base, "token", toy_networks.TOKENS, "cpu"), tmp_path / "cache"
     write = lambda **more: write_cache(folder, Toy("pairs"), 7, encoder, ranks, 0, {**stored_settings(encoder, "pairs"), **more})
     write()
     before = {i: load_file(shard_file(folder, i)) for i in range(3)}
@@ -70,21 +70,21 @@ def test_what_is_there_is_not_encoded_again(base, ranks, tmp_path):
 
 
 def test_a_cache_for_something_else_is_refused(base, ranks, tmp_path):
-    encoder = Encoder(base, "token", toy.TOKENS, "cpu", reference_frames=2)
+    encoder = Encoder(base, "token", toy_networks.TOKENS, "cpu", reference_frames=2)
     written = write_cache(tmp_path / "cache", Toy("videos"), 2, encoder, ranks, 0, stored_settings(encoder, "videos"))
     written.check(encoder, "videos")
     for other, stream, reason in ((encoder, "pairs", "stream = videos, and this run needs pairs"),
-                                  (Encoder(base, "none", toy.TOKENS, "cpu", reference_frames=2), "videos", "cls = token"),
-                                  (Encoder(base, "token", toy.TOKENS, "cpu", reference_frames=1), "videos", "reference_frames = 2, and")):
+                                  (Encoder(base, "none", toy_networks.TOKENS, "cpu", reference_frames=2), "videos", "cls = token"),
+                                  (Encoder(base, "token", toy_networks.TOKENS, "cpu", reference_frames=1), "videos", "reference_frames = 2, and")):
         with pytest.raises(BadInput, match=reason):
             written.check(other, stream)
-    written.check(Encoder(base, "token", toy.TOKENS, "cpu"), "videos")  # any number of frames to choose from will do
+    written.check(Encoder(base, "token", toy_networks.TOKENS, "cpu"), "videos")  # any number of frames to choose from will do
     trained = tmp_path / "trained"  # the same base with another VAE
     shutil.copytree(base, trained)
     tensors = load_file(trained / "vae" / "diffusion_pytorch_model.safetensors")
     save_file({name: 1.1 * tensor for name, tensor in tensors.items()}, trained / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="weights = "):
-        written.check(Encoder(trained, "token", toy.TOKENS, "cpu", reference_frames=2), "videos")
+        written.check(Encoder(trained, "token", toy_networks.TOKENS, "cpu", reference_frames=2), "videos")
     (tmp_path / "cache" / "index.json").write_text('{"metadata": {}}')
     with pytest.raises(BadInput, match="is not the index of a cache"):
         Cache(tmp_path / "cache")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import encoders
-import toy
+import toy_networks
 from checkpoint import BadInput
 from encoders import CLS, GroundedSAM, ImageEncoder, TextEncoder, Tokenizer, add_cls, check_text_encoder
 
@@ -19,7 +19,7 @@ from encoders import CLS, GroundedSAM, ImageEncoder, TextEncoder, Tokenizer, add
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders") / "toy"
-    toy.init(folder)
+    toy_networks.init(folder)
     return folder
 
 
@@ -84,7 +84,7 @@ def test_no_row_left_for_cls(model, tmp_path):
     tokens = Tokenizer(model / "tokenizer").size
     T5EncoderModel(T5Config(**{**json.loads(config.read_text()), "vocab_size": tokens})).save_pretrained(config.parent)
     with pytest.raises(BadInput, match="none is left for <cls>"):
-        check_text_encoder(tmp_path / "toy", toy.TEXT_DIM, "token")
+        check_text_encoder(tmp_path / "toy", toy_networks.TEXT_DIM, "token")
 
 
 def test_a_long_prompt_is_cut_with_a_warning_that_quotes_it(model, capsys):
@@ -120,7 +120,7 @@ def test_image_tokens_are_the_last_layer_of_the_padded_image(model, part, networ
     with torch.no_grad():
         theirs = getattr(transformers, network).from_pretrained(model / part, dtype=torch.float32)(pixel_values=(pixels[None] - 0.5) / 0.5)
     ours = ImageEncoder(model, part)([picture])
-    assert ours.shape == (1, toy.IMAGE_TOKENS, toy.IMAGE_DIM)
+    assert ours.shape == (1, toy_networks.IMAGE_TOKENS, toy_networks.IMAGE_DIM)
     assert relative_error(ours, theirs.last_hidden_state) < 1e-5
 
 

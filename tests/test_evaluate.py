@@ -14,7 +14,7 @@ import evaluate
 import media
 import prompts
 import scorers
-import toy
+import toy_networks
 import world
 from checkpoint import BadInput
 from data import ToyTest
@@ -25,7 +25,7 @@ from scorers import CLIP, DINO, Scorers, bootstrap, consistency, moves, pictures
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "toy"
-    toy.init(folder)
+    toy_networks.init(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 import motion
-import toy
+import toy_networks
 import world
 
 PIXELS = SimpleNamespace(camera=10, small=25, medium=50)
@@ -36,7 +36,7 @@ def test_flow_is_taken_from_the_first_frame():
 
 
 def test_the_protocol_from_videos_to_distances(tmp_path, capsys):
-    toy.init(tmp_path / "toy")
+    toy_networks.init(tmp_path / "toy")
     command = ["motion", "--out", str(tmp_path / "run"), "--own", str(tmp_path / "toy"), "--count", "6", "--device", "cpu", "--",
                "--model", str(tmp_path / "toy"), "--adapter", str(tmp_path / "toy" / "switch"), "--steps", "1", "--device", "cpu"]
     assert evaluate.main(command) == 0

@@ -13,7 +13,7 @@ from test_diffusion import OFFICIAL
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import pipeline
-import toy
+import toy_networks
 from diffusion import alpha_bar_schedule
 from model import Config, Transformer
 from pipeline import Conditions, Request, Sampler, Settings
@@ -27,7 +27,7 @@ SMALL_VAE = {**TINY_VAE, "block_out_channels": (8, 8, 16, 16), "norm_num_groups"
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer") / "t"
-    toy.write_tokenizer(folder)
+    toy_networks.write_tokenizer(folder)
     return T5Tokenizer.from_pretrained(folder)
 
 

@@ -13,7 +13,7 @@ from conftest import relative_error
 
 import distributed
 import media
-import toy
+import toy_networks
 from checkpoint import BadInput
 from model import Config, Transformer
 
@@ -47,7 +47,7 @@ def test_ranks_share_each_training_sample(ranks, sequence, recompute, tmp_path, 
 
 
 def test_sample_splits_one_video(tmp_path):
-    toy.init(tmp_path / "toy")
+    toy_networks.init(tmp_path / "toy")
     common = ["--model", tmp_path / "toy", "--adapter", tmp_path / "toy" / "switch", "--image", ROOT / "examples" / "fox.png", "--prompt",
               "a creature jumps", "--steps", "3", "--device", "cpu"]
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, common), "--out", str(tmp_path / "one.mp4")],

@@ -17,7 +17,7 @@ from PIL import Image
 import figures
 import media
 import synthesize
-import toy
+import toy_networks
 import world
 from media import Clip
 from readers import Triplets
@@ -29,7 +29,7 @@ QUICK = "--steps 2 --device cpu"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "toy"
-    toy.init(folder)
+    toy_networks.init(folder)
     return folder
 
 
@@ -163,7 +163,7 @@ def test_texts_are_made_of_the_templates(seed):
 def test_a_language_model_that_loses_the_subject_is_not_heeded(tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = toy.clip_tokenizer()
+    tokenizer = toy_networks.clip_tokenizer()
     tokenizer.save_pretrained(tmp_path / "llm")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,

@@ -7,6 +7,7 @@ import torch
 
 import sample
 import toy
+import toy_networks
 import world
 from encoders import Tokenizer
 
@@ -47,5 +48,5 @@ def test_a_finished_stage_is_not_repeated(built, monkeypatch, capsys):
 def test_every_caption_fits_and_a_word_is_a_token(built):
     tokenizer = Tokenizer(built[0] / "toy" / "tokenizer")
     lengths = [len(tokenizer(sentence)) for sentence in world.sentences()]
-    assert max(lengths) + 1 <= toy.TOKENS  # and <cls>
+    assert max(lengths) + 1 <= toy_networks.TOKENS  # and <cls>
     assert len(tokenizer("a golden creature jumps up and down in the snow")) == 11

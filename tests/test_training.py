@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distributed
-import toy
+import toy_networks
 import train_sugar
 import train_switch
 from checkpoint import BadInput
@@ -41,7 +41,7 @@ QUIET = "--validate-count 0 --save-every 2"
 def base(tmp_path_factory):
     """An untrained toy with a model that is quicker still."""
     folder = tmp_path_factory.mktemp("base") / "toy"
-    toy.init(folder)
+    toy_networks.init(folder)
     return folder
 
 
@@ -236,7 +236,7 @@ def test_shards_are_cut_as_torch_cuts_them(length, world):
 def encoded_sample(**more):
     latents = {name: torch.randn(16, 3, 8, 8).half() for name in ("mean", "std")}
     references = {name: torch.randn(4, 16, 8, 8).half() for name in ("ref_mean", "ref_std")}
-    return {**latents, **references, "text": torch.ones(toy.TOKENS, toy.TEXT_DIM).half(), **more}
+    return {**latents, **references, "text": torch.ones(toy_networks.TOKENS, toy_networks.TEXT_DIM).half(), **more}
 
 
 def vae():
@@ -263,7 +263,7 @@ def test_every_frame_is_drawn_as_reference(seed):
 
 def test_conditions_of_sugar_are_dropped_independently_at_their_rates(seed):
     args, network, n = train_sugar.parse([]), vae(), 1500
-    null = torch.zeros(toy.TOKENS, toy.TEXT_DIM).half()
+    null = torch.zeros(toy_networks.TOKENS, toy_networks.TEXT_DIM).half()
     encoded = encoded_sample(dino=torch.ones(65, 8), clip=torch.ones(65, 8))
     samples = [train_sugar.draw(encoded, generator(seed, "x", i), network, null, args) for i in range(n)]
     dropped = np.array([[not s[6], not s[7], not s[3].any()] for s in samples], dtype=float)
@@ -365,7 +365,7 @@ def test_the_plan_says_what_a_run_takes_and_does_not_train(main, base, tmp_path,
 
 @pytest.fixture(scope="module")
 def encoders(base):
-    return {sugar: Encoder(base, "none" if sugar else "token", toy.TOKENS, "cpu", sugar=sugar)
+    return {sugar: Encoder(base, "none" if sugar else "token", toy_networks.TOKENS, "cpu", sugar=sugar)
             for sugar in (False, True)}
 
 
@@ -377,9 +377,9 @@ def test_what_an_example_is_encoded_to(stream, sugar, encoders):
     encoded = Stream(Toy(stream), 5, encoders[sugar], seed=1)[0]
     T = 1 if stream == "pairs" else 3
     assert encoded["mean"].shape == encoded["std"].shape == (16, T, 8, 8)
-    assert encoded["text"].shape == (toy.TOKENS, toy.TEXT_DIM)
+    assert encoded["text"].shape == (toy_networks.TOKENS, toy_networks.TEXT_DIM)
     if sugar:
-        assert encoded["dino"].shape == encoded["clip"].shape == (toy.IMAGE_TOKENS, toy.IMAGE_DIM)
+        assert encoded["dino"].shape == encoded["clip"].shape == (toy_networks.IMAGE_TOKENS, toy_networks.IMAGE_DIM)
     else:
         assert encoded["ref_mean"].shape == ((1 if stream == "pairs" else 4), 16, 8, 8)
     assert {value.dtype for value in encoded.values()} == {torch.float16}
@@ -390,7 +390,7 @@ def test_a_random_frame_is_one_of_the_video_and_first_is_the_first(base, encoder
     frames = [encoders[False].posterior(frame[None])[0][:, 0] for frame in example.video]
     encoded = encoders[False].encode(example, 0, 0)
     assert all(any(torch.equal(ours, frame) for frame in frames) for ours in encoded["ref_mean"])
-    first = Encoder(base, "token", toy.TOKENS, "cpu", reference_frames=1)
+    first = Encoder(base, "token", toy_networks.TOKENS, "cpu", reference_frames=1)
     assert torch.equal(first.encode(example, 0, 0)["ref_mean"][0], frames[0])
 
 
