@@ -311,7 +311,6 @@ def strided(shape: tuple, stride: tuple, dtype: torch.dtype, device: str) -> Ten
     return torch.rand(size, device=device).to(dtype).as_strided(shape, stride)
 
 
-@torch.no_grad()
 def floor(run: Run, args: argparse.Namespace) -> Run:
     """The products of one run by themselves, on random numbers of the same shapes and strides."""
     with Products() as products:

@@ -96,18 +96,24 @@ class SpatialNorm(nn.Module):
         self.conv_b = CausalConv3d(latent_channels, channels, kernel=1)
 
     def forward(self, f: Tensor, z: Tensor, cache: Cache) -> Tensor:
-        # A 1x1x1 convolution and nearest upsampling commute, and the latents are the smaller ones.
-        scale, shift = (upsample_like(conv(z, cache), f) for conv in (self.conv_y, self.conv_b))
-        return self.norm_layer(f) * scale + shift
+        # A 1x1x1 convolution and nearest upsampling commute, and the latents are the smaller ones. Nor need they be upsampled in
+        # height: the rows that share a latent's are multiplied by the same row.
+        scale, shift = (upsample(conv(z, cache), f.shape[2], f.shape[4]).unsqueeze(4) for conv in (self.conv_y, self.conv_b))
+        rows = self.norm_layer(f).unflatten(3, (z.shape[3], -1))  # [B, C, T, h, H / h, W]
+        return torch.addcmul(shift, rows, scale, out=rows if in_place() else None).flatten(3, 4)
 
 
-def upsample_like(z: Tensor, f: Tensor) -> Tensor:
-    """Nearest upsampling of z to f's [T, H, W]. In a chunk with a first frame, that frame stands alone in time."""
-    frames, size = f.shape[2], f.shape[-2:]
+def upsample(z: Tensor, frames: int, width: int) -> Tensor:
+    """Nearest upsampling of z in time and width. In a chunk with a first frame, that frame stands alone in time."""
     if frames > 1 and frames % 2 == 1:
-        first, rest = F.interpolate(z[:, :, :1], (1, *size)), F.interpolate(z[:, :, 1:], (frames - 1, *size))
-        return torch.cat([first, rest], dim=2)
-    return F.interpolate(z, (frames, *size))
+        first, rest = z[:, :, :1], z[:, :, 1:]
+        return torch.cat([F.interpolate(first, (1, z.shape[3], width)), F.interpolate(rest, (frames - 1, z.shape[3], width))], dim=2)
+    return F.interpolate(z, (frames, z.shape[3], width))
+
+
+def in_place() -> bool:
+    """Whether tensors may be overwritten: where no gradient is asked for. They are as large as memory allows."""
+    return not torch.is_grad_enabled()
 
 
 class ResnetBlock(nn.Module):
@@ -128,10 +134,11 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, z: Tensor | None, cache: Cache) -> Tensor:
         """z: the latents that the decoder's norms read; None in the encoder."""
         h = self.norm1(x) if z is None else self.norm1(x, z, cache)
-        h = self.conv1(F.silu(h), cache)
+        h = self.conv1(F.silu(h, inplace=in_place()), cache)
         h = self.norm2(h) if z is None else self.norm2(h, z, cache)
-        h = self.conv2(F.silu(h), cache)
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        h = self.conv2(F.silu(h, inplace=in_place()), cache)
+        x = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
+        return h.add_(x) if in_place() else h + x
 
 
 class Downsample(nn.Module):
@@ -208,7 +215,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x, cache)
         for stage in (*self.down_blocks, self.mid_block):
             x = stage(x, None, cache)
-        return self.conv_out(F.silu(self.norm_out(x)), cache)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=in_place()), cache)
 
 
 class Decoder(nn.Module):
@@ -228,7 +235,7 @@ class Decoder(nn.Module):
         x = self.conv_in(z, cache)
         for stage in (self.mid_block, *self.up_blocks):
             x = stage(x, z, cache)
-        return self.conv_out(F.silu(self.norm_out(x, z, cache)), cache)
+        return self.conv_out(F.silu(self.norm_out(x, z, cache), inplace=in_place()), cache)
 
 
 class VAE(nn.Module):
