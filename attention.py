@@ -85,8 +85,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor
 
 
 def rotary_3d(frames: int, height: int, width: int, dim: int, base: tuple[int, int] | None) -> Tensor:
-    """Rotary positions of a [frames, height, width] grid of patches, as numbers on the complex unit circle:
-    [frames*height*width, dim / 2], complex64.
+    """Rotary positions of a [frames, height, width] grid of patches: [frames*height*width, dim], for each pair of channels the
+    cosine and the sine of its angle, that is a number on the complex unit circle.
 
     A quarter of `dim` turns with time, three eighths each with height and width. CogVideoX 1.0 stretches the spatial
     grid to the `base` (height, width) in patches that it was trained at, keeping the aspect ratio and centring it; 1.5
@@ -106,7 +106,7 @@ def rotary_3d(frames: int, height: int, width: int, dim: int, base: tuple[int, i
     grid = (frames, height, width)
     angle = torch.cat([t[:, None, None].expand(*grid, -1), h[None, :, None].expand(*grid, -1),
                        w[None, None].expand(*grid, -1)], dim=-1).flatten(0, 2)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1).flatten(-2)
 
 
 def resize_and_centre(height: int, width: int, base_height: int, base_width: int):
@@ -119,16 +119,29 @@ def resize_and_centre(height: int, width: int, base_height: int, base_width: int
     return (top, left), (top + new_height, left + new_width)
 
 
+def in_place() -> bool:
+    """Whether a tensor that nobody will ask for again may be overwritten, which spares memory and the time to clear it: where no
+    gradient is asked for, and no compiler sees to it."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def apply_rotary(x: Tensor, turn: Tensor) -> Tensor:
     """Turns each pair of neighbouring channels of x [..., d] by its angle (Switch eq. 1), in float32: a complex product. turn:
-    rotary_3d(), with the same dimensions before the last or ones that broadcast."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    rotary_3d(), with the same dimensions or ones that broadcast."""
+    if torch.compiler.is_compiling():  # torch's compiler cannot fuse complex numbers
+        (a, b), (cos, sin) = (y.unflatten(-1, (-1, 2)).unbind(-1) for y in (x.float(), turn))
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    return torch.view_as_real(as_complex(x.float()) * as_complex(turn)).flatten(-2).to(x.dtype)
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """x [..., d] as [..., d / 2] complex numbers, in the same memory."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def apply_rotary_(x: Tensor, turn: Tensor) -> Tensor:
     """apply_rotary() in place."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))).mul_(turn)  # of a float32 x this is x itself
+    pairs = as_complex(x.float()).mul_(as_complex(turn))  # of a float32 x this is x itself
     return x if x.dtype == torch.float32 else x.copy_(torch.view_as_real(pairs).flatten(-2))
 
 

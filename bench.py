@@ -10,6 +10,7 @@ their own. The floor of a row is the time of its matrix products, convolutions a
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from tqdm import tqdm
 import distributed
 import train_switch
 from attention import DESIGNS, attention, selective_blocks, selective_mask
-from bench_files import MODELS, data, load, load_once, peak_bytes
+from bench_files import MODELS, data, load, load_once, peak_bytes, resident_bytes
 from diffusion import alpha_bar_schedule, training_loss
 from lora import SWITCH_TARGETS, Adapter
 from model import Config, Transformer
@@ -51,7 +52,7 @@ Run = Callable[[], object]
 @torch.no_grad()
 def filled(network: nn.Module, args: argparse.Namespace) -> nn.Module:
     """The network with random weights that follow from their names: the same on both sides."""
-    network = network.to_empty(device=args.device).to(args.dtype)
+    network = network.to(args.dtype).to_empty(device=args.device)
     for key, tensor in network.state_dict().items():
         generator = torch.Generator(args.device).manual_seed(sum(map(ord, key)))
         around = 1.0 if "norm" in key and key.endswith("weight") and tensor.dim() == 1 else 0.0
@@ -123,8 +124,9 @@ def forward(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
 
 
 def loop(args: argparse.Namespace, sugar: bool) -> dict[str, Callable[[], Run]]:
-    """The sampling loop: for Switch an adapter of rank 128, a reference and 2 branches; for SUGAR DINO and CLIP tokens and 3
-    branches. diffusers knows neither: there the reference is a frame more, and the image's tokens are tokens of text."""
+    """The sampling loop: for Switch an adapter of rank 128, a reference and 2 branches; for SUGAR DINO and CLIP tokens, design
+    (b) and 3 branches. diffusers knows neither: there the reference is a frame more, and the image's tokens are tokens of text to
+    which everything attends."""
     T, h, w = latents(args)
     x, text, null = noise(args, 1, T, 16, h, w, dtype=torch.float32), noise(args, 1, 226, 4096), noise(args, 1, 226, 4096)
 
@@ -201,12 +203,16 @@ def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
                        torch.tensor([500], device=args.device))
     reference, alpha_bar = noise(args, 1, 16, h, w), alpha_bar_schedule(SCHEDULE).to(args.device)
 
-    def step(predict, parameters: list[nn.Parameter]) -> Run:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    def step(predict, model: nn.Module) -> Run:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        held = [nn.Parameter(distributed.local(p.detach())) for p in trained]  # as in training.py
+        optimizer = torch.optim.AdamW(held, lr=1e-4, fused=True)
 
         def run() -> Tensor:
             loss = training_loss(predict, x, eps, t, alpha_bar)
             loss.backward()
+            for parameter, plain in zip(trained, held):
+                plain.grad, parameter.grad = distributed.local(parameter.grad), None
             optimizer.step()
             optimizer.zero_grad()
             return loss
@@ -217,9 +223,10 @@ def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
         model = train_switch.prepare(our_transformer(args, compiled=False), Adapter(dropout=0.0)).train()
         distributed.shard(model, list(model.transformer_blocks), distributed.start(args.device), args.dtype, args.recompute, args.compile)
         predict = lambda x_t, t: model(x_t.to(args.dtype), t, text, reference=reference)
-        return step(predict, [p for p in model.parameters() if p.requires_grad])
+        return step(predict, model)
 
     def theirs() -> Run:
+        from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
         model, rotary = their_transformer(args), their_rotary(args, T + 1)
@@ -227,9 +234,14 @@ def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
         if args.recompute:
             model.enable_gradient_checkpointing()
         model.train()
-        predict = lambda x_t, t: model(torch.cat([reference[:, None], x_t.to(args.dtype)], dim=1), text, t,
-                                       image_rotary_emb=rotary, return_dict=False)[0][:, 1:]
-        return step(predict, [p for p in model.parameters() if p.requires_grad])
+        cast_training_params(model, torch.float32)  # as diffusers' own training script has it, with autocast
+
+        def predict(x_t: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(args.device, args.dtype, enabled=args.dtype != torch.float32):
+                return model(torch.cat([reference[:, None], x_t.to(args.dtype)], dim=1), text, t, image_rotary_emb=rotary,
+                             return_dict=False)[0][:, 1:]
+
+        return step(predict, model)
 
     return {"ours": ours, "diffusers": theirs}
 
@@ -251,8 +263,9 @@ def attention_row(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
     def flex(design: str) -> Run:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        mask = selective_mask(design, lengths).to(args.device)
-        blocks = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, L, L, device=args.device)
+        table = selective_mask(design, (1, 1, 1, 1)).to(args.device)
+        group = torch.repeat_interleave(torch.tensor(lengths)).to(args.device)  # of each token
+        blocks = create_block_mask(lambda b, h, i, j: table[group[i], group[j]], None, None, L, L, device=args.device)
         compiled = torch.compile(flex_attention)
         return lambda: compiled(q, k, v, block_mask=blocks)
 
@@ -348,17 +361,23 @@ def peak(row: str, side: str, args: argparse.Namespace) -> int:
 def child(row: str, side: str, args: argparse.Namespace) -> dict:
     import diffusers, peft  # noqa: E401, F401 (both sides start from the same imports)
 
-    sides = ROWS[row](args)
-    before = peak_bytes()
-    sides[side]()()
-    return {"peak": torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else peak_bytes() - before}
+    sides, cuda = ROWS[row](args), args.device.startswith("cuda")
+    before = resident_bytes()
+    run = sides[side]()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets its peak
+    run()
+    return {"peak": torch.cuda.max_memory_allocated() if cuda else peak_bytes() - before}
 
 
 def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:
     """One row: medians of the sides, which take turns, their peaks and floors."""
     print(f"\n{row}: {' '.join(getattr(ROWS[row], 'func', ROWS[row]).__doc__.split())}")
     sides = {side: build() for side, build in ROWS[row](args).items()}
-    runs = {**sides} if args.compile else {**sides, **{f"floor of {side}": floor(run, args) for side, run in sides.items()}}
+    counted = {} if args.compile else {side: run for side, run in sides.items() if "FlexAttention" not in side}
+    runs = {**sides, **{f"floor of {side}": floor(run, args) for side, run in counted.items()}}
     times: dict[str, list[float]] = {side: [] for side in runs}
     for turn in tqdm(range(args.runs + 1), f"{row}: {len(sides)} sides", leave=False):
         for side, run in runs.items():
@@ -366,17 +385,23 @@ def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:
     median, table = {side: statistics.median(values[1:]) for side, values in times.items()}, {}
     reference = [side for side in sides if side in ("diffusers", "unmasked")][0]
     for side, run in sides.items():
-        with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
-            run()
-        table[side] = {"seconds": median[side], "floor": median.get(f"floor of {side}"), "flop": counter.get_total_flops()}
-    del sides, runs, run
+        flop = None
+        if side in counted:
+            with FlopCounterMode(display=False, custom_mapping=COUNTS) as counter:
+                run()
+            flop = counter.get_total_flops()
+        table[side] = {"seconds": median[side], "floor": median.get(f"floor of {side}"), "flop": flop}
+    del sides, runs, counted, run
+    gc.collect()
+    if args.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # for the processes that measure memory
     for side, entry in table.items():
         entry["peak"] = peak(row, side, args)
     print("\n| | seconds | of " + reference + " | over its floor | peak memory | of " + reference + " | TFLOP/s | of a matrix product's |"
           "\n|---|---|---|---|---|---|---|---|")
     for side, entry in table.items():
         over = f"{entry['seconds'] / entry['floor'] - 1:+.0%}" if entry["floor"] else ""
-        rate = entry["flop"] / entry["seconds"]
+        rate = (entry["flop"] or 0) / entry["seconds"]
         print(f"| {side} | {entry['seconds']:.3f} | {entry['seconds'] / table[reference]['seconds']:.2f} | {over} | "
               f"{entry['peak'] / 1e9:.2f} GB | {entry['peak'] / table[reference]['peak']:.2f} | {rate / 1e12:.3f} | "
               f"{rate / best['flops']:.0%} |")
@@ -406,21 +431,24 @@ def main() -> None:
     parser.add_argument("--designs", nargs="+", choices=list(DESIGNS), default=list(DESIGNS))
     parser.add_argument("--compile", action="store_true", help="compiled blocks, on both sides")
     parser.add_argument("--recompute", nargs="?", const="all", choices=["all", "keep-attention"],
-                        help="activation checkpointing in the training step, on both sides")
+                        help="activation checkpointing in the training step; diffusers knows only \"all\"")
     parser.add_argument("--model", choices=list(MODELS), default="2b", help="load: which (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=10000, help="data: over which memory is watched (default: %(default)s)")
     parser.add_argument("--child", metavar="SIDE", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.what = list(ROWS) if args.what in ("all", ["all"]) else args.what
-    args.flags = [flag for flag in sys.argv[1:] if flag not in ("all", *ROWS, "load", "data")]
+    if len(args.what) > 1 and {"all", "load", "data"} & {*args.what}:
+        parser.error("all, load and data stand alone.")
+    args.flags = sys.argv[next((i for i, flag in enumerate(sys.argv) if flag.startswith("-")), len(sys.argv)) :]
     args.dtype = DTYPES[args.dtype]
     if args.child:
-        [row] = args.what
+        row = args.what[0]
         print(json.dumps(load_once(args.child, args.folder, args.dtype) if row == "load" else child(row, args.child, args)))
-        return
+        distributed.leave(0)
     result = {"load": load, "data": data}.get(args.what[0], rows)(args)
     Path("bench.json").write_text(json.dumps(result, indent=2) + "\n")
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +32,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from attention import attention
 from checkpoint import BadInput, read_json
+
+
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass
@@ -68,9 +72,14 @@ class Ranks:
         """Which samples of a global batch this rank takes."""
         groups, number = self.world // self.sequence, self.rank // self.sequence
         if batch % groups:
-            raise BadInput(f"A batch of {batch} cannot be shared out evenly among {groups} ranks: choose a multiple.")
+            who = f"{groups} ranks" if self.sequence == 1 else f"{groups} groups of {self.sequence} ranks"
+            raise BadInput(f"A batch of {batch} cannot be shared out evenly among {who}: choose a multiple.")
         size = batch // groups
         return range(number * size, (number + 1) * size)
+
+    def share_heads(self, heads: int) -> None:
+        if heads % self.sequence:
+            raise BadInput(f"--sequence-parallel {self.sequence} does not divide this model's {heads} heads.")
 
 
 def start(device: str | None = None, sequence: int = 1) -> Ranks:
@@ -87,9 +96,9 @@ def start(device: str | None = None, sequence: int = 1) -> Ranks:
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     if not dist.is_initialized():
-        store = unused_part(*next(dist.rendezvous("env://"))) if "RANK" in os.environ else dist.HashStore()
         # A rank that waits longer than this for another will not see it again: it ends, and torchrun starts all anew.
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=10), store=store, rank=rank,
+        store = unused_part(*next(dist.rendezvous("env://"))) if "RANK" in os.environ else dist.HashStore()
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world)
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -103,11 +112,13 @@ def unused_part(store: dist.Store, rank: int, world: int) -> dist.Store:
     still full of the addresses of the dead (PyTorch issue 135712), and nodes count restarts each for itself. So rank 0 counts
     the rounds, and tells every rank that calls it by a name that no rank had before, until all have heard."""
     call = uuid.uuid4().hex
+    store.set_timeout(PATIENCE)
     store.set(f"call/{rank}", call)
     if rank == 0:
-        number = store.add("round", 1)
-        deaf = set(range(1, world))
+        number, deaf, deadline = store.add("round", 1), set(range(1, world)), time.monotonic() + PATIENCE.total_seconds()
         while deaf:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Ranks {sorted(deaf)} did not answer for {PATIENCE}.")
             for other in deaf:
                 store.set(f"answer/{store.get(f'call/{other}').decode()}", str(number))  # it may be the call of a dead one
             time.sleep(0.02)
@@ -148,12 +159,19 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
         following.set_modules_to_backward_prefetch([block])
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if ranks.sequence > 1:
-        heads = model.config.num_attention_heads
-        if heads % ranks.sequence:
-            raise BadInput(f"--sequence-parallel {ranks.sequence} does not divide this model's {heads} heads.")
         mesh = init_device_mesh(ranks.device.type, (ranks.world // ranks.sequence, ranks.sequence), mesh_dim_names=("data", "sequence"))
         split_sequence(model, mesh["sequence"])
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+
+
+def check_compiler(device: str) -> None:
+    """Raises where torch.compile would fail: it writes C++ for the CPU and Triton for a GPU."""
+    if device.startswith("cuda"):
+        missing = "" if find_spec("triton") else "the package triton"
+    else:
+        missing = "" if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler (g++, or what CXX names)"
+    if missing:
+        raise BadInput(f"--compile needs {missing}.")
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
@@ -289,17 +307,17 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
         B, heads, length, d = q.shape
         sent = torch.stack([q, k, v]).unflatten(2, (world, -1)).movedim(2, 0)  # [world, 3, B, heads / world, length, d]
         whole = Trade.apply(sent, group).movedim(0, 3).flatten(3, 4)  # [3, B, heads / world, world * length, d]
-        seen = attention(*whole[:, :, :, now["order"]], blocks, keep)
+        seen = attention(*whole.index_select(3, now["order"]), blocks, keep)
         padded = seen.new_zeros(B, heads // world, world * length, d).index_copy(2, now["order"], seen)
         return Trade.apply(padded.unflatten(2, (world, length)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
-    def leave(block: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    def gather(block: nn.Module, args: tuple, out: Tensor) -> Tensor:
         return Gather.apply(out[:, -now["shares"][2] :], group)[:, : now["video"]]  # of the others nothing is asked any more
 
     for block in model.transformer_blocks:
         block.register_forward_pre_hook(enter)
         block.attn1.attend = torch.compiler.disable(attend)
-    last.register_forward_hook(leave)
+    last.register_forward_hook(gather)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from attention import apply_rotary, apply_rotary_, attention, rotary_3d, selective_blocks
+from attention import apply_rotary, apply_rotary_, attention, in_place, rotary_3d, selective_blocks
 from checkpoint import BadInput
 from lora import Adapter, load_adapter, on_tokens, without_lora
 
@@ -161,10 +161,12 @@ class AdaLayerNormZero(nn.Module):
         reference_triple = adapted.unsqueeze(1).chunk(6, dim=-1)[:3]
         triples = (text_triple, reference_triple, video_triple)
         x = self.norm(x)
-        in_place, parts = not torch.is_grad_enabled(), x.split(lengths, dim=1)
-        modulated = [torch.addcmul(shift, part, 1 + scale, out=part if in_place else None)
-                     for part, (shift, scale, _) in zip(parts, triples)]
-        return x if in_place else torch.cat(modulated, dim=1), [gate for _, _, gate in triples]
+        parts, gates = x.split(lengths, dim=1), [gate for _, _, gate in triples]
+        if in_place():
+            for part, (shift, scale, _) in zip(parts, triples):
+                torch.addcmul(shift, part, 1 + scale, out=part)
+            return x, gates
+        return torch.cat([torch.addcmul(shift, part, 1 + scale) for part, (shift, scale, _) in zip(parts, triples)], dim=1), gates
 
 
 class Attention(nn.Module):
@@ -177,7 +179,7 @@ class Attention(nn.Module):
         self.attend = attention  # distributed.py puts another in its place when a sequence is split among ranks
 
     def forward(self, x: Tensor, turn: Tensor | None, blocks, keep: Tensor | None, lora: slice | None) -> Tensor:
-        """x [B, L, dim]; turn [.., tokens, d / 2], complex: rotary positions of the last tokens of the sequence."""
+        """x [B, L, dim]; turn [.., tokens, d]: rotary positions of the last tokens of the sequence."""
         q, k, v = (on_tokens(to, x, lora).unflatten(-1, (self.heads, -1))  # [B, L, heads, d]
                    for to in (self.to_q, self.to_k, self.to_v))
         q, k = self.norm_q(q), self.norm_k(k)
@@ -188,10 +190,10 @@ class Attention(nn.Module):
 
     def rotate(self, y: Tensor, still: int, turn: Tensor) -> Tensor:
         """y [B, L, heads, d] with all tokens turned but the first `still`."""
-        if torch.is_grad_enabled():
-            return torch.cat([y[:, :still], apply_rotary(y[:, still:], turn)], dim=1)
-        apply_rotary_(y[:, still:], turn)
-        return y
+        if in_place():
+            apply_rotary_(y[:, still:], turn)
+            return y
+        return torch.cat([y[:, :still], apply_rotary(y[:, still:], turn)], dim=1)
 
 
 class GELU(nn.Module):
@@ -208,8 +210,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, lora: slice | None) -> Tensor:
         inner = on_tokens(self.net[0].proj, x, lora)
-        # The largest tensor of all: when sampling, in place, as fresh memory would take longer than the function itself.
-        inner = (F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_)(inner, approximate="tanh")
+        # The largest tensor of all: fresh memory for it would take longer than the function itself.
+        inner = (torch.ops.aten.gelu_ if in_place() else F.gelu)(inner, approximate="tanh")
         return on_tokens(self.net[2], inner, lora)
 
 
@@ -228,14 +230,20 @@ class Block(nn.Module):
         turn: see Attention. blocks: of attention.selective_blocks(). keep: [B, L] bool, which tokens may be attended to; None
         is all. lora: the tokens on which adapted attention and feed-forward layers act; None is all.
         """
-        for norm, layer in ((self.norm1, lambda x: self.attn1(x, turn, blocks, keep, lora)),
-                            (self.norm2, lambda x: self.ff(x, lora))):
-            normed, gates = norm(x, lengths, emb)
-            parts, updates, in_place = x.split(lengths, dim=1), layer(normed).split(lengths, dim=1), not torch.is_grad_enabled()
-            sums = [torch.addcmul(part, gate, update, out=part if in_place else None)
-                    for part, gate, update in zip(parts, gates, updates)]
-            x = x if in_place else torch.cat(sums, dim=1)
+        normed, gates = self.norm1(x, lengths, emb)
+        x = add_gated(x, self.attn1(normed, turn, blocks, keep, lora), gates, lengths)
+        normed, gates = self.norm2(x, lengths, emb)
+        return add_gated(x, self.ff(normed, lora), gates, lengths)
+
+
+def add_gated(x: Tensor, update: Tensor, gates: list[Tensor], lengths: Lengths) -> Tensor:
+    """x + gate * update, each part of the sequence with its own gate."""
+    parts = list(zip(x.split(lengths, dim=1), gates, update.split(lengths, dim=1)))
+    if in_place():
+        for part, gate, more in parts:
+            part.addcmul_(gate, more)
         return x
+    return torch.cat([torch.addcmul(part, gate, more) for part, gate, more in parts], dim=1)
 
 
 class NormOut(nn.Module):
@@ -315,7 +323,7 @@ class Transformer(nn.Module):
             if turn is not None:  # and where all are gone, the video is frames 0..T-1, as in the base
                 alone = self.rotary(T, H, W, False, x.device)
                 alone = torch.cat([alone[:1].expand(reference.shape[1], -1), alone])
-                turn = torch.where(keep_reference.any(dim=1)[:, None, None], turn, alone)  # [B, tokens, d / 2]
+                turn = torch.where(keep_reference.any(dim=1)[:, None, None], turn, alone)  # [B, tokens, d]
             before, after = (torch.ones(B, part.shape[1], dtype=torch.bool, device=x.device) for part in (text, video))
             keep = torch.cat([before, keep_reference, after], dim=1)
         lora = slice(text.shape[1], text.shape[1] + reference.shape[1]) if only_reference else None

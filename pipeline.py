@@ -76,12 +76,12 @@ class Conditions:
     dino: Tensor | None = None  # [1, N, D] (SUGAR)
     clip: Tensor | None = None
     first: Tensor | None = None  # [1, 16, H/8, W/8] (image to video)
-    in_turn: bool = False  # the branches of guidance do not fit into memory in one batch
+    in_turn: bool | None = None  # whether the branches of guidance go one after the other; None: always in one batch
 
 
 def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predictor:
-    """The `eps` of diffusion.py's guidance: all the sets of conditions it asks for, predicted in one batch, or in
-    turn where one batch does not fit into the GPU's memory."""
+    """The `eps` of diffusion.py's guidance: all the sets of conditions it asks for, predicted in one batch, or
+    one after the other: from the start where given.in_turn is True, and from when memory runs out where it is False."""
 
     def eps(*sets: str) -> list[Tensor]:
         distinct = list(dict.fromkeys(sets))
@@ -101,7 +101,7 @@ def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predic
             try:
                 v = model(*inputs, **more)
             except torch.OutOfMemoryError:
-                if n == 1:
+                if n == 1 or given.in_turn is None:
                     raise
                 given.in_turn = True
         if given.in_turn:
@@ -177,6 +177,7 @@ class Sampler:
         self.image_encoders = self.load_image_encoders() if self.config.sugar else []
         self.low_memory = False  # blocks of large networks stay in host memory and are streamed
         self.compiled = False  # torch.compile on the transformer's blocks
+        self.in_turn = False  # guidance branches one after the other, as memory has run out before
         self.split: Callable[[Transformer], None] | None = None  # lets several ranks share each video
 
     def defaults(self) -> Settings:
@@ -273,6 +274,8 @@ class Sampler:
             draw = noise_source(request.seed)
             x = draw(1, T + pad, channels, h, w).to(self.device)
             given = Conditions(to(texts[self.prompt(request)]), to(texts[request.negative_prompt]))
+            if self.split is None:  # ranks that share a forward pass must all do the same
+                given.in_turn = self.in_turn
             if id(request) in identity:
                 given.dino, given.clip = map(to, identity[id(request)])
             if request.reference is not None and self.kind in ("switch", "i2v"):
@@ -285,6 +288,7 @@ class Sampler:
             with self.on_device(transformer, again=number < len(requests)):
                 latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
                                          lambda: draw(*x.shape).to(self.device), progress)
+            self.in_turn = bool(given.in_turn)
             with self.on_device(vae):
                 video = vae.decode(vae.config.unscale(to(latents[:, pad:].transpose(1, 2))))[0]
             yield request, video

@@ -24,7 +24,6 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
     def fetch(i: int) -> None:
         if i in here:
             return
-        here.add(i)
         if cuda:
             side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):  # of None: no other stream
@@ -32,8 +31,11 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
                 tensor.data = torch.empty_like(home, device=device).copy_(home, non_blocking=True)
             if cuda:
                 ready[i] = side.record_event()
+        here.add(i)
 
     def before(i: int) -> None:
+        for other in here - {i, (i + 1) % len(blocks)}:  # left behind by a pass that failed
+            after(other)
         fetch(i)
         fetch((i + 1) % len(blocks))  # after the last block the first one, for the next step
         if cuda:
@@ -60,6 +62,8 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
             tensor.data = home
         for i in list(here):
             after(i)
+        for tensor, home in zip(sum(tensors, []), sum(host, [])):  # also of a block whose way here failed
+            tensor.data = home
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

@@ -26,7 +26,7 @@ from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors
 from pipeline import Settings, read_schedule
 from readers import add_arguments, clip_of, open_data
-from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
+from training import (DTYPES, Options, add_common, check_parallel, check_range, generator, options_of, print_plan, settings_of, train)
 from vae import VAEConfig
 from validation import Validation
 
@@ -97,7 +97,7 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = distributed.start(args.device, args.sequence_parallel)
+    ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
     check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets"))
     ranks.share(args.batch)
     folder = checkpoint.resolve(args.model)
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
         raise BadInput(f"SUGAR cannot stand on {args.model}, an image-to-video model: it needs a text-to-video base.")
     if args.plan:
         return plan_run(config, folder, args, ranks.world) if ranks.first else None
+    check_parallel(args, ranks, config.num_attention_heads)
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
     clip, streams = clip_of(args, config), {}
     for name, kind, source, count in (("real", "subjects", args.real_data, args.real),

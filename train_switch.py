@@ -23,7 +23,7 @@ from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
 from pipeline import read_schedule, switch_stands_on
 from readers import add_arguments, clip_of, open_data
-from training import (DTYPES, Options, add_common, check_range, generator, options_of, print_plan, settings_of, train)
+from training import (DTYPES, Options, add_common, check_parallel, check_range, generator, options_of, print_plan, settings_of, train)
 from vae import VAEConfig
 from validation import Validation
 
@@ -99,7 +99,7 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = distributed.start(args.device, args.sequence_parallel)
+    ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
     if args.strategy == "video-only":
         args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
     check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"))
@@ -115,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
                        f"temporal patch of 1, that is CogVideoX-5b or the toy.")
     if args.plan:
         return plan_run(config, adapter, folder, args, ranks.world) if ranks.first else None
+    check_parallel(args, ranks, config.num_attention_heads)
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import BadInput
-from distributed import Ranks, last_checkpoint, load_checkpoint, local, save_checkpoint
+from distributed import Ranks, check_compiler, last_checkpoint, load_checkpoint, local, save_checkpoint
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -92,7 +92,7 @@ def options_of(args: argparse.Namespace, **changes) -> Options:
 def settings_of(args: argparse.Namespace, **more) -> dict:
     """What makes a run what it is: the flags without those that change neither weights nor metrics."""
     free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "resume", "max_skipped",
-            "recompute", "compile", "sequence_parallel", "plan", "gpu_memory", "rate"}
+            "recompute", "sequence_parallel", "plan", "gpu_memory", "rate"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 
@@ -105,7 +105,13 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
 
 
-def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 64) -> float:
+def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
+    ranks.share_heads(heads)
+    if args.compile:
+        check_compiler(ranks.device.type)
+
+
+def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 512) -> float:
     """Bytes that autograd keeps of one block for each token: counted, by running the block (on the CPU, in bfloat16)."""
     kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
 
@@ -116,7 +122,7 @@ def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 64
         return tensor
 
     x, lengths = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True), (tokens // 4, tokens // 4, tokens // 2)
-    turn = torch.zeros(tokens // 2, dim // block.attn1.heads // 2, dtype=torch.complex64)
+    turn = torch.zeros(tokens // 2, dim // block.attn1.heads)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         block(x, lengths, torch.randn(1, emb_dim, dtype=torch.bfloat16), turn, None, None, None)
     return sum(size for size, _ in kept.values()) / tokens
@@ -141,7 +147,7 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, sa
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,
              "gathered blocks, two at a time": 2 * 2 * largest, "gradients, sharded": 4 * trained / world,
-             "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch}
+             "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch / args.sequence_parallel}
     total = sum(parts.values()) / 1e9
     print(f"trainable parameters   {trained:,}\nfrozen parameters      {frozen:,}\ntokens in a sample     {tokens:,}")
     print(f"steps                  {args.steps:,} on {world} rank{'s' * (world > 1)}\nmemory of each rank")
@@ -208,7 +214,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         stream, batch = plan(state.step)
         first = state.positions.get(stream, 0)
         mine = [first + i for i in ranks.share(batch)]
-        torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank).initial_seed())
+        torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank // ranks.sequence).initial_seed())
         model.train()
         total = torch.zeros((), dtype=torch.float64)
         for low in range(0, len(mine), options.micro_batch):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
+from attention import in_place
 from checkpoint import BadInput
 
 # The last frames that each causal convolution has seen: what a chunk leaves to the next one.
@@ -109,11 +110,6 @@ def upsample(z: Tensor, frames: int, width: int) -> Tensor:
         first, rest = z[:, :, :1], z[:, :, 1:]
         return torch.cat([F.interpolate(first, (1, z.shape[3], width)), F.interpolate(rest, (frames - 1, z.shape[3], width))], dim=2)
     return F.interpolate(z, (frames, z.shape[3], width))
-
-
-def in_place() -> bool:
-    """Whether tensors may be overwritten: where no gradient is asked for. They are as large as memory allows."""
-    return not torch.is_grad_enabled()
 
 
 class ResnetBlock(nn.Module):

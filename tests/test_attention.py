@@ -70,7 +70,7 @@ def test_rotary_beside_diffusers(frames, height, width, base):
     theirs = get_3d_rotary_pos_embed(64, grid_size=(height, width), temporal_size=frames, **where)
     ours = rotary_3d(frames, height, width, 64, base)
     x = torch.randn(2, 3, frames * height * width, 64)
-    for part, wanted in ((ours.real, theirs[0]), (ours.imag, theirs[1])):
+    for part, wanted in zip(ours.unflatten(-1, (-1, 2)).unbind(-1), theirs):
         assert relative_error(part.repeat_interleave(2, dim=1), wanted) < 1e-5  # they have each number twice, for both of a pair
     assert relative_error(apply_rotary(x, ours), apply_rotary_emb(x, theirs)) < 1e-5
 

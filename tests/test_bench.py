@@ -35,7 +35,8 @@ def test_every_row_is_measured(row, args, monkeypatch, capsys):
     measured = bench.measure(row, args, {"flops": 1e12, "bytes": 1e10})
     said = capsys.readouterr().out
     for side, entry in measured["sides"].items():
-        assert f"| {side} |" in said and entry["seconds"] > 0 and entry["floor"] > 0 and entry["flop"] > 0
+        assert f"| {side} |" in said and entry["seconds"] > 0 and entry["flop"] > 0
+        assert entry["floor"] > 0
     assert all(len(times) == args.runs + 1 for times in measured["times"].values())
 
 

@@ -99,7 +99,7 @@ def test_branches_that_do_not_fit_into_memory_go_in_turn(sugar, monkeypatch):
     """A forward pass that has room for a batch of one alone: the same video, and the large batch is tried only once."""
     image = dict(dino_dim=6, clip_dim=6, dino_tokens=5, clip_tokens=4) if sugar else {}
     model = randomize(Transformer(Config(**VARIANTS["5b"], **image))).eval()
-    given = Conditions(torch.randn(1, 10, 32), torch.randn(1, 10, 32))
+    given = Conditions(torch.randn(1, 10, 32), torch.randn(1, 10, 32), in_turn=False)
     if sugar:
         given.dino, given.clip = torch.randn(1, 5, 6), torch.randn(1, 4, 6)
     else:
@@ -119,3 +119,6 @@ def test_branches_that_do_not_fit_into_memory_go_in_turn(sugar, monkeypatch):
     assert relative_error(sample(), expected) < 1e-5
     branches = 3 if sugar else 2
     assert batches == [branches] + 3 * branches * [1]
+    given.in_turn = None  # ranks that share a forward pass cannot each decide for themselves
+    with pytest.raises(torch.OutOfMemoryError):
+        sample()

@@ -45,6 +45,36 @@ def test_what_fails_in_between_leaves_everything_at_home():
     assert homes == {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
 
 
+@pytest.mark.parametrize("where", ["on the way to the device", "in a block"])
+def test_a_pass_that_ran_out_of_memory_can_be_done_again(where, monkeypatch):
+    model = randomize(Transformer(Config(**{**TINY, "num_layers": 4}))).eval()
+    inputs, fresh, made = (torch.randn(1, 3, 16, 12, 18), torch.tensor([5]), torch.randn(1, 10, 32)), torch.empty_like, []
+
+    def fail_once(*_):
+        if "failed" not in made:
+            made.append("failed")
+            raise torch.OutOfMemoryError("no room")
+
+    def full(*args, **kwargs):
+        made.append("tensor")
+        if len(made) == 60:  # in the middle of the third block
+            fail_once()
+        return fresh(*args, **kwargs)
+
+    with torch.no_grad():
+        plain = model(*inputs)
+        if where == "in a block":
+            model.transformer_blocks[2].ff.register_forward_pre_hook(fail_once)
+        else:
+            monkeypatch.setattr(torch, "empty_like", full)
+        homes = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+        with streamed(model, blocks_of(model), torch.device("cpu")):
+            with pytest.raises(torch.OutOfMemoryError):
+                model(*inputs)
+            assert torch.equal(model(*inputs), plain)
+        assert homes == {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+
+
 def test_sampling_with_low_memory_gives_the_same_video(here):
     for name, more in (("plain", "--tile"), ("streamed", "--low-memory")):
         assert run(f"{FOX} {SMALL} --adapter toy/switch --out {name}.gif {more}") == 0
