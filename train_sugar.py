@@ -93,7 +93,7 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
     stages = len(stages_of(args))
     print(f"{stages} stage{'s' * (stages > 1)} of {args.steps:,} steps; what follows is for the first")
-    print_plan(model, block, folder, tokens, args.steps * args.batch, args, world)
+    print_plan(model, block, folder, tokens, args.batch, args.steps * args.batch, args, world)
 
 
 def run(args: argparse.Namespace) -> None:

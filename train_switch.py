@@ -95,7 +95,7 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
     tokens = config.max_text_seq_length + (frames + 1) * h * w // config.patch_size**2  # the video phase, with a reference
     phases = [phase_of(step, args) for step in range(args.steps)]
     samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
-    print_plan(model, block, folder, tokens, samples, args, world)
+    print_plan(model, block, folder, tokens, max(args.image_batch, args.video_batch), samples, args, world)
 
 
 def run(args: argparse.Namespace) -> None:

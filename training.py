@@ -128,12 +128,12 @@ def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 51
     return sum(size for size, _ in kept.values()) / tokens
 
 
-def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, samples: int, args: argparse.Namespace,
+def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, batch: int, samples: int, args: argparse.Namespace,
                world: int) -> None:
     """--plan: what a run would take.
 
     model: on the meta device, with what is frozen frozen; block: one of its blocks for real, on the CPU in bfloat16;
-    folder: of the base; tokens: of the longest sample; samples: in the whole run.
+    folder: of the base; tokens: of the longest sample; batch: the largest global one; samples: in the whole run.
     """
     there = [(checkpoint.part(folder, name), stem) for name, stem in (("vae", checkpoint.WEIGHTS), ("text_encoder", "model"))]
     encoders = sum(entry.nbytes for part, stem in there if part for entry in checkpoint.index(part, stem).values())
@@ -145,8 +145,9 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, sa
     kept = each * config.num_layers + (one if args.recompute else 0)
     largest = sum(p.numel() for p in block.parameters())
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
+    accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
     parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,
-             "gathered blocks, two at a time": 2 * 2 * largest, "gradients, sharded": 4 * trained / world,
+             "gathered blocks, two at a time": 2 * 2 * largest, "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
              "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch / args.sequence_parallel}
     total = sum(parts.values()) / 1e9
     print(f"trainable parameters   {trained:,}\nfrozen parameters      {frozen:,}\ntokens in a sample     {tokens:,}")

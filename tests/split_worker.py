@@ -6,10 +6,13 @@ import sys
 import torch
 
 import distributed
+from diffusion import alpha_bar_schedule
 from model import Config, Transformer
+from pipeline import Conditions, Settings, sample_latents
+from toy_networks import SCHEDULE
 
 torch.manual_seed(int(sys.argv[2]))
-ranks, results = distributed.start("cpu"), []
+ranks, results, alpha_bar = distributed.start("cpu"), [], alpha_bar_schedule(SCHEDULE)
 for design, kind in [(None, "t2v"), (None, "reference"), (None, "reference, lora on it alone"), *((d, "sugar") for d in "abcde")]:
     config = Config(num_attention_heads=4, attention_head_dim=16, num_layers=3, time_embed_dim=16, text_embed_dim=8,
                     max_text_seq_length=7, sample_height=6, sample_width=10, sample_frames=9, use_rotary_positional_embeddings=True,
@@ -35,10 +38,13 @@ for design, kind in [(None, "t2v"), (None, "reference"), (None, "reference, lora
     if design:
         given = {"dino": torch.randn(2, 5, 6), "clip": torch.randn(2, 4, 6), "keep_dino": torch.tensor([True, False]),
                  "keep_clip": torch.tensor([True, True])}
+    conditions = Conditions(inputs[2][:1], inputs[2][1:], *(given[name][:1] if name in given else None for name in ("reference", "dino", "clip")))
+    loop = lambda: sample_latents(model, conditions, alpha_bar, Settings(9, 48, 80, 8, "ddim", steps=4), inputs[0][:1], lambda: None)
     with torch.no_grad():
-        alone = model(*inputs, **given)
+        alone, alone_loop = model(*inputs, **given), loop()
         distributed.split_video(model, ranks, branches=int(sys.argv[3]))
         results.append((kind, design, alone, model(*inputs, **given), model(*inputs, **given)))
+        results.append((f"{kind}, the whole loop", design, alone_loop, loop(), loop()))
 if ranks.first:
     torch.save(results, sys.argv[1])
 distributed.leave(0)

@@ -32,9 +32,9 @@ def test_ranks_share_a_forward_pass(ranks, branches, tmp_path, seed):
     and 16 tokens do not divide evenly."""
     torchrun(ranks, Path(__file__).with_name("split_worker.py"), tmp_path / "results.pt", seed, branches)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert len(results) == 8
+    assert len(results) == 2 * 8
     for kind, design, alone, shared, again in results:
-        assert relative_error(shared, alone) < 1e-5, (kind, design)
+        assert relative_error(shared, alone) < (1e-4 if "loop" in kind else 1e-5), (kind, design)
         assert torch.equal(shared, again)
 
 
