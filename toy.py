@@ -232,28 +232,30 @@ class Builder:
         save_vae(task.vae.half(), self.folder / "vae")
 
     def transformer(self, stage: str) -> None:
-        """The text-to-video base ("base"), or the image-to-video model ("i2v"): clips in all looks, a fifth pictures."""
+        """The text-to-video base ("base"): clips in all looks and, every other step, twice as many single pictures, as they cost
+        half. Or the image-to-video model ("i2v"): clips."""
         i2v = stage == "i2v"
         model = new_transformer(**({"in_channels": 32} if i2v else {})).to(self.ranks.device)
         if i2v:
             start_from_base(model, self.folder / "transformer")
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
-        streams = {}
-        for name, count in (("styled", 8000), ("pairs", 4000)):
-            length = max(round(count * self.scale), 8)
-            cache = write_cache(self.work / "latents" / name, Toy(name, self.seed), length, encoder, self.ranks, self.seed,
-                                stored_settings(encoder, name))
-            streams[name] = Stream(cache, length, encoder, self.seed)
+        length = max(round(24000 * self.scale), 8)
+        cache = write_cache(self.work / "latents", Toy("styled", self.seed), length, encoder, self.ranks, self.seed,
+                            stored_settings(encoder, "styled"))
+        clips = Stream(cache, length, encoder, self.seed)
         alpha_bar, null = alpha_bar_schedule(SCHEDULE).to(self.ranks.device), encoder.null
 
         def plan(step: int) -> tuple[str, int]:
-            return ("pairs" if step % 5 == 4 and not i2v else "styled"), 32
+            return ("clips", 32) if step % 2 == 0 or i2v else ("pictures", 64)
 
         def draw(stream: str, position: int) -> tuple[Tensor, ...]:
-            encoded, g = streams[stream][position], generator(self.seed, stage, stream, position)
+            encoded, g = clips[position], generator(self.seed, stage, stream, position)
             x_0 = encoder.vae_config.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)
-            first = torch.zeros_like(x_0)  # the first frame, encoded alone as at sampling, and zeros
-            first[0] = encoder.vae_config.scale(posterior_sample(encoded["ref_mean"][0], encoded["ref_std"][0], g), image=True)
+            alone = posterior_sample(encoded["ref_mean"][0], encoded["ref_std"][0], g)  # the first frame, encoded as a picture
+            if stream == "pictures":
+                x_0 = encoder.vae_config.scale(alone)[None]
+            first = torch.zeros_like(x_0)  # what the image-to-video model is given: the first frame, and zeros
+            first[0] = encoder.vae_config.scale(alone, image=True)
             text = null if torch.rand((), generator=g) < 0.1 else encoded["text"]
             return x_0, torch.randn(x_0.shape, generator=g), torch.randint(1000, (), generator=g), text, first
 
@@ -264,7 +266,7 @@ class Builder:
             predict = lambda x_t, t: model(half(torch.cat([x_t, first], dim=2) if i2v else x_t), t, half(text))
             return training_loss(predict, x_0, eps, t, alpha_bar)
 
-        weights = self.fit(stage, model, list(model.transformer_blocks), 1500 if i2v else 6000, 1e-3, plan, loss_of,
+        weights = self.fit(stage, model, list(model.transformer_blocks), 1500 if i2v else 12000, 1e-3, plan, loss_of,
                            torch.bfloat16)
         if self.ranks.first:
             out = self.folder / "i2v" if i2v else self.folder
