@@ -39,7 +39,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def checkpoint_folder(tmp_path_factory):
+def base(tmp_path_factory):
     """The untrained toy: a T2V base, and in it a Switch adapter, a SUGAR model and an image-to-video model."""
     folder = tmp_path_factory.mktemp("models") / "toy"
     toy_module.init(folder)
@@ -47,13 +47,13 @@ def checkpoint_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, checkpoint_folder):
+def here(tmp_path, monkeypatch, base):
     """An empty working directory with the toy (a tree of links, so that a test may break it) and some photographs."""
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
-    shutil.copytree(checkpoint_folder, tmp_path / "toy", copy_function=os.symlink)
+    shutil.copytree(base, tmp_path / "toy", copy_function=os.symlink)
     photographs(tmp_path)
     return tmp_path
 

@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must no
 import pytest
 import torch
 import toy_networks
-from cli import checkpoint_folder, here, one_thread, sampled  # noqa: F401 (fixtures)
+from cli import base, here, one_thread, sampled  # noqa: F401 (fixtures)
 
 toy_networks.BASE["num_layers"] = 4  # half of the toy, for the tests' sake
 

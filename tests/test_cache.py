@@ -21,13 +21,6 @@ from data import Encoder, Stream, Toy
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "toy"
-    toy_networks.init(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def ranks():
     return distributed.start("cpu")
 

@@ -14,19 +14,11 @@ import evaluate
 import media
 import prompts
 import scorers
-import toy_networks
 import world
 from checkpoint import BadInput
 from data import ToyTest
 from readers import CLASSES
 from scorers import CLIP, DINO, Scorers, bootstrap, consistency, moves, pictures, resized
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "toy"
-    toy_networks.init(folder)
-    return folder
 
 
 def texture(seed: int, height: int = 64, width: int = 96) -> np.ndarray:

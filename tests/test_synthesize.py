@@ -26,13 +26,6 @@ ANY = "--clip-text -1 --dino-identity -1 --dino-consecutive -1 --dino-random -1 
 QUICK = "--steps 2 --device cpu"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "toy"
-    toy_networks.init(folder)
-    return folder
-
-
 def arguments(base: Path, out: Path, more: str = "") -> list[str]:
     return [*f"--model {base} --adapter {base}/switch --i2v {base}/i2v --out {out} {QUICK} {more}".split()]
 

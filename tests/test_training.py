@@ -37,14 +37,6 @@ SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix 
 QUIET = "--validate-count 0 --save-every 2"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """An untrained toy with a model that is quicker still."""
-    folder = tmp_path_factory.mktemp("base") / "toy"
-    toy_networks.init(folder)
-    return folder
-
-
 def command(script: str, base: Path, out: Path, arguments: str, ranks: int = 1, restarts: int = 0) -> list[str]:
     launcher = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
