@@ -139,7 +139,8 @@ def loop(args: argparse.Namespace, sugar: bool) -> dict[str, Callable[[], Run]]:
             given.reference = noise(args, 1, 16, h, w)
             train_switch.prepare(model, Adapter()).to(args.dtype).eval().requires_grad_(False)
         settings = Settings(args.frames, args.height, args.width, 8, "ddim", steps=args.steps)
-        return lambda: sample_latents(model, given, alpha_bar_schedule(SCHEDULE).to(args.device), settings, x, lambda: None)
+        alpha_bar = alpha_bar_schedule(SCHEDULE).to(args.device)
+        return lambda: sample_latents(model, given, alpha_bar, settings, x, lambda: None)
 
     def theirs() -> Run:
         from diffusers import CogVideoXDDIMScheduler

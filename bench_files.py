@@ -20,8 +20,8 @@ from model import Config, Transformer, load_transformer, save_tensors
 from readers import Videos
 
 BENCH = Path(__file__).with_name("bench.py")
-FIVE_B = dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
-MODELS = {"tiny": dict(num_attention_heads=8, num_layers=4), "2b": {}, "5b": FIVE_B}
+MODELS = {"tiny": dict(num_attention_heads=8, num_layers=4), "2b": {},
+          "5b": dict(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)}
 
 
 def write_synthetic(folder: Path, config: Config) -> int:
