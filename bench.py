@@ -32,7 +32,7 @@ from tqdm import tqdm
 import distributed
 import train_switch
 from attention import DESIGNS, attention, selective_blocks, selective_mask
-from bench_files import MODELS, data, load, load_once, peak_bytes, resident_bytes
+from bench_files import MODELS, data, host_bytes, load, load_once
 from diffusion import alpha_bar_schedule, training_loss
 from lora import SWITCH_TARGETS, Adapter
 from model import Config, Transformer
@@ -363,14 +363,14 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
     import diffusers, peft  # noqa: E401, F401 (both sides start from the same imports)
 
     sides, cuda = ROWS[row](args), args.device.startswith("cuda")
-    before = resident_bytes()
+    before = host_bytes()
     run = sides[side]()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets its peak
     run()
-    return {"peak": torch.cuda.max_memory_allocated() if cuda else peak_bytes() - before}
+    return {"peak": torch.cuda.max_memory_allocated() if cuda else host_bytes(peak=True) - before}
 
 
 def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:

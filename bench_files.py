@@ -33,16 +33,16 @@ def write_synthetic(folder: Path, config: Config) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def peak_bytes() -> int:
-    """The most host memory that this process ever held, file pages that are mapped included."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+def host_bytes(peak: bool = False) -> int:
+    """The host memory that this process holds, or the most that it ever held; mapped pages of files included."""
+    return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
 def load_once(side: str, folder: Path, dtype: torch.dtype) -> dict:
     """Loads in this process: seconds, and the peak of host memory above what the imports had taken."""
     if side == "diffusers":
         from diffusers import CogVideoXTransformer3DModel
-    before, start = peak_bytes(), time.perf_counter()
+    before, start = host_bytes(peak=True), time.perf_counter()
     if side == "diffusers":
         model = CogVideoXTransformer3DModel.from_pretrained(folder, torch_dtype=dtype)
     else:
@@ -50,7 +50,7 @@ def load_once(side: str, folder: Path, dtype: torch.dtype) -> dict:
     seconds = time.perf_counter() - start
     for tensor in model.state_dict().values():  # pages that are only mapped are not loaded yet: a sampler reads them all
         tensor.view(-1)[::1024].float().sum()
-    return {"seconds": seconds, "seconds_until_read": time.perf_counter() - start, "peak": peak_bytes() - before}
+    return {"seconds": seconds, "seconds_until_read": time.perf_counter() - start, "peak": host_bytes(peak=True) - before}
 
 
 def load(args: argparse.Namespace) -> dict:
@@ -72,10 +72,6 @@ def load(args: argparse.Namespace) -> dict:
         print(f"| {side} | {row['peak'] / 1e9:.2f} GB | {row['peak'] / weights:.2f} | {row['seconds']:.1f} | "
               f"{row['seconds_until_read']:.1f} |")
     return {"model": args.model, "dtype": str(args.dtype), "bytes": size, "median": median, "runs": runs}
-
-
-def resident_bytes() -> int:
-    return int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
 
 def synthetic_video(file: Path, size: str, seconds: int) -> Path:
@@ -117,7 +113,7 @@ def data(args: argparse.Namespace) -> dict:
         for i in tqdm(range(args.samples), "samples"):
             videos[i % len(videos)]
             if i + 1 in (args.samples // 10, args.samples):
-                memory[i + 1] = resident_bytes()
+                memory[i + 1] = host_bytes()
     print("\n| 49x480x720 out of 30 s of 1280x720 | clips/s |\n|---|---|")
     for side, value in rate.items():
         print(f"| {side} | {value:.2f} |")

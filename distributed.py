@@ -82,25 +82,35 @@ class Ranks:
             raise BadInput(f"--sequence-parallel {self.sequence} does not divide this model's {heads} heads.")
 
 
+def place() -> tuple[int, int]:
+    """This process's number, and how many there are, as torchrun's environment says: 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of this process: under torchrun each rank of a node has a GPU of its own, whatever the name's number."""
+    kind, _, index = (name or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
+    try:
+        where = torch.device(kind, int(os.environ.get("LOCAL_RANK", index or 0))) if kind == "cuda" else torch.device(name or kind)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise BadInput(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return where
+
+
 def start(device: str | None = None, sequence: int = 1) -> Ranks:
     """Joins the process group that torchrun's environment describes, or makes one of a single process. sequence: how many
     ranks share each training sample."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world = place()
     if sequence < 1 or world % sequence:
         raise BadInput(f"--sequence-parallel {sequence} does not divide the {world} ranks.")
-    kind, _, index = (device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")
-    local = int(index) if index and "RANK" not in os.environ else local
-    try:
-        torch.empty(0, device=torch.device(kind, local) if kind == "cuda" else kind)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    where = find_device(device)
+    kind = where.type
     if not dist.is_initialized():
         # A rank that waits longer than this for another will not see it again: it ends, and torchrun starts all anew.
         store = unused_part(*next(dist.rendezvous("env://"))) if "RANK" in os.environ else dist.HashStore()
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world)
-    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(where)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))

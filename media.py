@@ -100,6 +100,17 @@ def video_to_frames(video: Tensor) -> np.ndarray:
     return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
+def check_clip(frames: int, height: int, width: int) -> None:
+    """Raises where the models cannot make a clip of this size."""
+    if frames != 1 and (frames < 1 or frames % 8 != 1):
+        below = max(frames - 1, 0) // 8 * 8 + 1
+        raise BadInput(f"--frames {frames}: a video has 1 or 8k+1 frames; the nearest are {below} and {below + 8}.")
+    for name, size in (("height", height), ("width", width)):
+        if size < 16 or size % 16:
+            near = max(size // 16 * 16, 16)
+            raise BadInput(f"--{name} {size} is not a multiple of 16; the nearest are {near} and {near + 16}.")
+
+
 def check_writable(path: Path) -> None:
     """Raises where a file could not be written at `path`. Leaves nothing behind."""
     try:

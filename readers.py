@@ -76,11 +76,7 @@ def clip_of(args: argparse.Namespace, config: Config) -> Clip:
     new = config.patch_t == 2
     clip = Clip(args.frames or config.sample_frames, args.height or (768 if new else config.sample_height * 8),
                 args.width or (1360 if new else config.sample_width * 8), args.fps or (16 if new else 8), args.short, args.small)
-    if clip.frames != 1 and clip.frames % 8 != 1:
-        raise BadInput(f"--frames {clip.frames}: a clip has 1 or 8k+1 frames; the nearest are "
-                       f"{max(clip.frames - 2, 0) // 8 * 8 + 1} and {(clip.frames + 6) // 8 * 8 + 1}.")
-    if clip.height % 16 or clip.width % 16 or clip.height < 16 or clip.width < 16:
-        raise BadInput(f"A clip of {clip.width}x{clip.height}: --width and --height must be multiples of 16.")
+    media.check_clip(clip.frames, clip.height, clip.width)
     return clip
 
 

@@ -12,14 +12,11 @@ Everything that can be wrong with the input is found here, before the first netw
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-
-import torch
 
 import checkpoint
 import distributed
@@ -84,14 +81,7 @@ def read_settings(args: argparse.Namespace, sampler: Sampler) -> Settings:
     settings = sampler.defaults()
     chosen = {name: getattr(args, name) for name in asdict(settings) if getattr(args, name, None) is not None}
     settings = replace(settings, **chosen)
-    if settings.frames != 1 and (settings.frames < 1 or settings.frames % 8 != 1):
-        below = max(settings.frames - 1, 0) // 8 * 8 + 1
-        raise BadInput(f"--frames {settings.frames}: a video has 1 or 8k+1 frames; the nearest are {below} and {below + 8}.")
-    for name in ("height", "width"):
-        size = getattr(settings, name)
-        if size < 16 or size % 16:
-            near = max(size // 16 * 16, 16)
-            raise BadInput(f"--{name} {size} is not a multiple of 16; the nearest are {near} and {near + 16}.")
+    media.check_clip(settings.frames, settings.height, settings.width)
     config, made_for = sampler.config, sampler.defaults()
     size = ("frames", "height", "width")
     if config.use_learned_positional_embeddings and any(getattr(settings, n) != getattr(made_for, n) for n in size):
@@ -242,15 +232,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, list[Request], int]:
     """Everything that can be wrong, found. Returns what this process, one of several under torchrun, has to do."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and world > 1:
-        device = f"cuda:{local}"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+    (rank, world), device = distributed.place(), str(distributed.find_device(args.device))
     requests = read_requests(args)
     for request in requests:
         media.check_writable(request.out)

@@ -121,7 +121,7 @@ def test_two_ranks_write_what_one_rank_writes(base, tmp_path):
 
 @pytest.mark.parametrize("arguments,phrase", [
     ("--image-data nowhere", "There is no nowhere"), ("--image-data {empty}", "holds no parquet files"),
-    ("--video-data {empty}", "holds no videos"), ("--frames 10", "the nearest are 9 and 17"), ("--height 50", "multiples of 16"),
+    ("--video-data {empty}", "holds no videos"), ("--frames 10", "the nearest are 9 and 17"), ("--height 50", "multiple of 16"),
     ("--frames -7", "choose more than 0"), ("--images 0", "--images 0"),
     ("--share 0", "--share 0.0"), ("--video-data {text}", "has no column for the video"),
 ])
