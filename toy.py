@@ -89,21 +89,34 @@ class CLIPTask(nn.Module):
 
 
 class VAETask(nn.Module):
-    """Reconstruction, of edges too, and a trace of the KL divergence that keeps the latents together. First by absolute error;
-    then by Huber's, which lets go of what is nearly right, the backgrounds, and heeds what is not, the subjects that move."""
+    """Reconstruction, of edges too, beside the KL divergence of the latents. First by absolute error; then by Huber's, which lets
+    go of what is nearly right, the backgrounds, and heeds what is not, the subjects that move."""
 
-    def __init__(self, moving: bool = False):
+    def __init__(self, stage: str):
         super().__init__()
-        self.vae, self.moving = new_vae(), moving
+        self.vae = new_vae()
+        _, _, _, self.far, self.weight, self.kl = VAE_STAGES[stage]
 
-    def forward(self, video: Tensor, noise: Tensor) -> Tensor:
-        """video [B, 3, F, H, W], noise like its latents -> loss."""
+    def forward(self, video: Tensor, masks: Tensor, noise: Tensor) -> Tensor:
+        """video [B, 3, F, H, W], masks of the subject [B, 1, F, H, W], noise like its latents -> loss."""
         mean, std = self.vae.encode(video.to(self.vae.encoder.conv_in.conv.weight.dtype))
         out = self.vae.decode(mean + std * noise.to(mean)).float()
-        far = partial(F.smooth_l1_loss, beta=0.2) if self.moving else F.l1_loss
+        weight = 1 + self.weight * F.max_pool3d(masks, (1, 5, 5), stride=1, padding=(0, 2, 2))  # the rim of 2 pixels as well
         kl = 0.5 * (mean.float().square() + std.float().square() - 2 * std.float().log() - 1).mean()
-        edges = sum(far(out.diff(dim=d), video.diff(dim=d)) for d in (-1, -2))
-        return far(out, video) + edges + (1e-4 if self.moving else 1e-3) * kl
+        far = (weight * self.far(out, video, reduction="none")).mean()
+        for d in (-1, -2):
+            edges = self.far(out.diff(dim=d), video.diff(dim=d), reduction="none")
+            far = far + (weight.narrow(d, 1, edges.shape[d]) * edges).mean()
+        return far + self.kl * kl
+
+
+HUBER = partial(F.smooth_l1_loss, beta=0.2)
+# The stages of the VAE, each from where the one before ended: steps; learning rate; streams in turn, of which clips teach time and
+# single frames cost a third; distance; how much more a pixel of the subject counts; weight of the KL divergence. In the last stage the
+# latents pay for their information: what they drop nobody sees, but a small transformer would have to learn it.
+VAE_STAGES = {"vae": (10000, 2e-3, ("frames", "clips"), F.l1_loss, 0.0, 1e-3),
+              "vae_moving": (8000, 1e-3, ("clips",), HUBER, 0.0, 1e-4),
+              "vae_sharp": (9000, 2.5e-3, ("frames", "clips"), HUBER, 4.0, 5e-2)}
 
 
 class Builder:
@@ -199,36 +212,45 @@ class Builder:
         weights = self.fit("clip", model, [], 2000, 1e-3, lambda step: ("captions", 64), loss_of)
         self.finish(CLIPTask(), weights, lambda task: save_half(task.network, self.folder / "clip"))
 
-    def vae(self, moving: bool = False) -> None:
-        """Single frames every other step, as they cost a third; clips teach time. moving: from there on, clips alone."""
-        model = VAETask(moving).to(self.ranks.device)
-        if moving:
+    def masked(self, rng: np.random.Generator, stream: str) -> dict:
+        """What the VAE learns from: "video" and "masks" of the subject. "clips", or "frames": photographs and portraits."""
+        if stream == "clips":
+            return world.sample_masked(rng, looks=tuple(world.LOOKS))
+        scene = world.sample_scene(rng, look=list(world.LOOKS)[rng.integers(len(world.LOOKS))], motion=None)
+        if rng.random() < 0.25:
+            image = world.portrait(scene.subject, scene.look, rng.uniform(1.0, 1.4), rng.uniform(-15, 15))[None]
+            return {"video": image[..., :3], "masks": image[..., 3] > 127}
+        return {"video": world.render(scene, 1), "masks": world.masks(scene)[:1]}
+
+    def vae(self, stage: str) -> None:
+        model, (steps, lr, streams, *_) = VAETask(stage).to(self.ranks.device), VAE_STAGES[stage]
+        if stage != "vae":
             model.vae.load_state_dict(load_vae(self.folder / "vae").state_dict())
 
         def plan(step: int) -> tuple[str, int]:
-            return ("clips", 2) if step % 2 or moving else ("frames", 8)
+            stream = streams[step % len(streams)]
+            return stream, 2 if stream == "clips" else 8
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
-            videos = []
+            videos, masks, device = [], [], self.ranks.device
             for position in positions:
-                rng = self.rng(("moving" if moving else "vae") + stream, position)
-                video = world.sample_video(rng, looks=tuple(world.LOOKS))["video"]
-                videos.append(video[:1] if stream == "frames" else video)
-            video = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).to(self.ranks.device).float() / 127.5 - 1
+                drawn = self.masked(self.rng(stage + stream, position), stream)
+                videos.append(drawn["video"])
+                masks.append(drawn["masks"])
+            video = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).to(device).float() / 127.5 - 1
             T = (video.shape[2] - 1) // 4 + 1
             noise = torch.randn(len(videos), 16, T, 8, 8, generator=generator(self.seed, stream, positions[0]))
-            return model(video, noise.to(self.ranks.device))
+            return model(video, torch.from_numpy(np.stack(masks))[:, None].to(device).float(), noise.to(device))
 
-        weights = self.fit("vae_moving" if moving else "vae", model, [], 8000 if moving else 10000, 1e-3 if moving else 2e-3, plan,
-                           loss_of, torch.bfloat16)
-        self.finish(VAETask(), weights, self.save_scaled_vae)
+        weights = self.fit(stage, model, [], steps, lr, plan, loss_of, torch.bfloat16)
+        self.finish(VAETask(stage), weights, self.save_scaled_vae)
 
     @torch.no_grad()
     def save_scaled_vae(self, task: VAETask) -> None:
         """scaling_factor makes the latents' deviation 1, as the transformer expects."""
         frames = np.stack([world.sample_video(self.rng("scale", i))["video"][:1] for i in range(64)])
-        mean, _ = task.vae.encode(torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
-        task.vae.config.scaling_factor = round(1 / mean.std().item(), 4)
+        mean, std = task.vae.encode(torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
+        task.vae.config.scaling_factor = round(1 / (mean.var() + std.square().mean()).sqrt().item(), 4)
         save_vae(task.vae.half(), self.folder / "vae")
 
     def transformer(self, stage: str) -> None:
@@ -239,7 +261,7 @@ class Builder:
         if i2v:
             start_from_base(model, self.folder / "transformer")
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
-        length = max(round(24000 * self.scale), 8)
+        length = max(round(16000 * self.scale), 8)
         cache = write_cache(self.work / "latents", Toy("styled", self.seed), length, encoder, self.ranks, self.seed,
                             stored_settings(encoder, "styled"))
         clips = Stream(cache, length, encoder, self.seed)
@@ -266,7 +288,7 @@ class Builder:
             predict = lambda x_t, t: model(half(torch.cat([x_t, first], dim=2) if i2v else x_t), t, half(text))
             return training_loss(predict, x_0, eps, t, alpha_bar)
 
-        weights = self.fit(stage, model, list(model.transformer_blocks), 1500 if i2v else 12000, 1e-3, plan, loss_of,
+        weights = self.fit(stage, model, list(model.transformer_blocks), 1500 if i2v else 5000, 1e-3 if i2v else 3e-3, plan, loss_of,
                            torch.bfloat16)
         if self.ranks.first:
             out = self.folder / "i2v" if i2v else self.folder
@@ -311,22 +333,27 @@ class Builder:
             save(task.eval())
 
 
-STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino, "vae": Builder.vae,
-          "vae_moving": lambda b: b.vae(moving=True),
-          "base": lambda b: b.transformer("base"), "i2v": lambda b: b.transformer("i2v"), "switch": Builder.switch, "sugar": Builder.sugar}
+STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino,
+          **{stage: partial(Builder.vae, stage=stage) for stage in VAE_STAGES},
+          **{stage: partial(Builder.transformer, stage=stage) for stage in ("base", "i2v")},
+          "switch": Builder.switch, "sugar": Builder.sugar}
 
 
 def build(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
     builder = Builder(args.out, args.work, ranks, args.scale)
     for stage in args.stages:
-        done = args.work / stage / "done"
+        done = args.work / stage / "done"  # with the scale at which it was
+        if done.exists() and done.read_text() != str(args.scale):
+            raise BadInput(f"{done.parent} was built with --scale {done.read_text()}: choose another --work and --out, or remove it.")
         if not done.exists():
             print(f"{stage}:")
             STAGES[stage](builder)
             ranks.wait()  # the next stage reads what the first rank has just written
             done.parent.mkdir(parents=True, exist_ok=True)
-            done.touch()
+            if ranks.first:
+                done.write_text(str(args.scale))
+            ranks.wait()
     print(f"wrote {args.out}")
 
 
@@ -334,11 +361,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["init", "build", "score"])
     parser.add_argument("--out", type=Path, default=Path("checkpoints/toy"), help="the checkpoint (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="build: checkpoints of the stages")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small number tries it out")
+    parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="build: checkpoints of the stages (default: %(default)s)")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="build: these alone (default: all)")
+    parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small number tries it out, with a --work and --out of its own")
     parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
-    parser.add_argument("--device")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(argv)
     return exit_status(lambda: {"init": new, "build": build, "score": score}[args.command](args))
 

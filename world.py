@@ -368,9 +368,9 @@ def sample_video(rng: Rng, split: str = "train", looks: Iterable[str] = ("plain"
     return {"video": render(scene), "text": caption(scene, rng), "scene": scene}
 
 
-def sample_masked(rng: Rng, split: str = "train") -> dict:
+def sample_masked(rng: Rng, split: str = "train", looks: Iterable[str] = ("plain",)) -> dict:
     """The same with "masks", bool [FRAMES, SIZE, SIZE], of the subject: SUGAR's real videos (3.2)."""
-    sample = sample_video(rng, split)
+    sample = sample_video(rng, split, looks)
     return {**sample, "masks": masks(sample["scene"])}
 
 

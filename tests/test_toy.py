@@ -45,6 +45,11 @@ def test_a_finished_stage_is_not_repeated(built, monkeypatch, capsys):
     assert toy.main(built[1]) == 0
 
 
+def test_a_stage_built_at_another_scale_is_not_taken_for_done(built, capsys):
+    assert toy.main(["1" if argument == "0.0002" else argument for argument in built[1]]) == 2
+    assert "was built with --scale 0.0002" in capsys.readouterr().err
+
+
 def test_every_caption_fits_and_a_word_is_a_token(built):
     tokenizer = Tokenizer(built[0] / "toy" / "tokenizer")
     lengths = [len(tokenizer(sentence)) for sentence in world.sentences()]
