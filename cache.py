@@ -161,6 +161,8 @@ def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
     folder = checkpoint.resolve(args.model)
     config = read_config(checkpoint.need(folder, "transformer"))
+    if config.patch_t != 1:
+        raise BadInput(f"Neither trainer can stand on {args.model}: its patches span two latent frames.")
     sugar = args.stream in ("subjects", "triplets")
     encoder = Encoder(folder, "none" if sugar or args.no_cls else "token", config.max_text_seq_length, ranks.device, sugar,
                       args.reference_frames)

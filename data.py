@@ -10,6 +10,8 @@
 """
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -77,6 +79,9 @@ class ToyTest:
 
     def __init__(self, seed: int = 0, looks: tuple[str, ...] = ("plain",)):
         self.seed, self.looks = seed, looks
+
+    def __len__(self) -> int:
+        return sys.maxsize
 
     def __getitem__(self, i: int) -> Example:
         rng = np.random.default_rng((self.seed, 99, i))
@@ -197,9 +202,9 @@ class Tolerant:
         self.dataset, self.length, self.log, self.share = dataset, length, log, share
         self.met: set[int] = set()
         self.broken: set[int] = set()
-        # A run that was killed while it wrote may have left half a line.
+        # A run that was killed while it wrote may have left half a line, perhaps with another behind it.
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        self.listed = {json.loads(line)["example"] for line in lines if line.endswith("}")}
+        self.listed = {int(found[1]) for line in lines if (found := re.search(r'\{"example": (\d+), "reason": ".*"\}$', line))}
 
     def __getitem__(self, i: int) -> Example:
         for j in ((i + step) % self.length for step in range(self.length)):

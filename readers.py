@@ -97,7 +97,10 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     if (path / "index.json").exists():
         cache = Cache(path)
         cache.check(encoder, stream)
-        cache.check_clip({name: getattr(args, name) for name in ("frames", "height", "width", "fps")})
+        cache.check_clip({name: getattr(args, name) for name in (("height",) if stream == "pairs" else ("frames", "height", "width", "fps"))})
+        if args.share != 1:
+            raise BadInput(f"--share {args.share}: the cache {path} holds the share that it was written with; leave the flag out, or choose "
+                           f"fewer by their number.")
         encoder.null = cache.null()
         dataset = cache
     elif stream == "pairs":
@@ -122,7 +125,7 @@ def parquet(file: Path):
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise BadInput(f"{file} is parquet, and reading it needs pyarrow: pip install 'nanos2v[parquet]'.") from error
+        raise BadInput(f"{file} is parquet, and reading it needs pyarrow: pip install pyarrow.") from error
     try:
         return pyarrow.parquet.ParquetFile(file)
     except (OSError, pyarrow.ArrowInvalid) as error:
@@ -153,7 +156,7 @@ def read_manifest(file: Path) -> list[Row]:
                 reader = csv.reader(lines)
                 heading = next(reader, [])
                 places = [heading.index(name) if name else None for name in choose(file, heading)]
-                rows = [tuple("" if at is None or at >= len(line) else line[at] for at in places) for line in reader]
+                rows = [tuple("" if at is None or at >= len(line) else line[at] for at in places) for line in reader if line]
             else:
                 rows = list(json_rows(file, lines))
     return [Row(*("" if value is None else str(value).strip() for value in row)) for row in rows]
@@ -287,7 +290,7 @@ class Videos:
     def __getitem__(self, i: int) -> Example:
         row, folder = self.rows[i], self.path if self.path.is_dir() else self.path.parent
         if not row.video:
-            raise Broken(f"line {i + 1} of {self.path.name} names no video")
+            raise Broken(f"row {i + 1} of those chosen from {self.path.name} names no video")
         # A manifest that lists the addresses that videos were downloaded from is read as one of their names.
         name = row.video.rstrip("/").rsplit("/", 1)[-1] if "://" in row.video else row.video
         file = folder / name
@@ -299,7 +302,7 @@ class Videos:
         beside = file.with_suffix(".txt")
         text = row.text or (beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else "")
         try:
-            rng = np.random.default_rng((self.seed, zlib.crc32(row.video.encode())))
+            rng = np.random.default_rng((self.seed, zlib.crc32(row.video.encode(errors="surrogateescape"))))
             return Example(decode(file, self.clip, rng), caption_of(text), noun=row.noun or None)
         except (BadInput, Broken) as error:
             raise Broken(f"{file}: {error}") from error
@@ -321,7 +324,7 @@ class SubjectVideos:
 
     def __getitem__(self, i: int) -> Example:
         example, row, clip = self.videos[i], self.videos.rows[i], self.videos.clip
-        key = f"{row.video} {row.noun or example.text} {clip} {self.videos.seed}".encode()
+        key = f"{row.video} {row.noun or example.text} {clip} {self.videos.seed}".encode(errors="surrogateescape")
         file = self.cutouts / f"{zlib.crc32(key):08x}-{zlib.adler32(key):08x}.png"
         if not file.exists():
             frame = np.random.default_rng((self.videos.seed, 11, zlib.crc32(key))).integers(len(example.video))

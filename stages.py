@@ -67,9 +67,9 @@ class Run:
         self.ranks.wait()
         if self.ranks.first:
             rows = [json.loads(self.path(name, sample["id"], ".json").read_text(encoding="utf-8")) for sample in samples]
-            with checkpoint.replace_when_whole(self.out / f"{name}.jsonl") as part:
-                part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             self.draw(name, rows, show, limits)
+            with checkpoint.replace_when_whole(self.out / f"{name}.jsonl") as part:  # last, as it says that the stage is done
+                part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.ranks.wait()
         self.say(name)
 

@@ -18,6 +18,7 @@ import train_switch
 from cache import Cache, shard_file, stored_settings, write_cache
 from checkpoint import BadInput
 from data import Encoder, Stream, Toy
+from readers import open_data
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,10 @@ def test_a_cache_for_something_else_is_refused(base, ranks, tmp_path):
     save_file({name: 1.1 * tensor for name, tensor in tensors.items()}, trained / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="weights = "):
         written.check(Encoder(trained, "token", toy_networks.TOKENS, "cpu", reference_frames=2), "videos")
+    ask = lambda stream, flags: open_data(str(tmp_path / "cache"), stream, None, 1, None, train_switch.parse(flags.split()), encoder, tmp_path)
+    with pytest.raises(BadInput, match="--share 0.5: the cache"):
+        ask("videos", "--share 0.5")
+    assert ask("videos", "--frames 9")[1] == 2
     (tmp_path / "cache" / "index.json").write_text('{"metadata": {}}')
     with pytest.raises(BadInput, match="is not the index of a cache"):
         Cache(tmp_path / "cache")

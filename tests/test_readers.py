@@ -350,6 +350,15 @@ def test_a_broken_example_is_replaced_by_the_next_and_listed_once(tmp_path):
     assert lines == [{"example": i, "reason": f"{i} is bad"} for i in (2, 3, 9)]
 
 
+def test_half_a_line_of_a_run_that_was_killed_does_no_harm(tmp_path):
+    log = tmp_path / "skipped.jsonl"
+    log.write_text('{"example": 2, "reason": "2 is bad"}\n{"example": 3, "rea')
+    for _ in range(2):
+        data = Tolerant(Numbers({2, 3, 9}), 10, log)
+        assert [data[i] for i in range(10)] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
+    assert log.read_text().count('"example": 2,') == log.read_text().count('"3 is bad"') == log.read_text().count('"9 is bad"') == 1
+
+
 def test_without_tolerance_the_first_broken_example_stops_the_run(tmp_path):
     with pytest.raises(BadInput, match="1 of the first 1 examples"):
         Tolerant(Numbers({0}), 10, tmp_path / "skipped.jsonl", share=0)[0]
