@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+import zlib
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +35,10 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description="Image + prompt -> video.")
     p.add_argument("--image", help="the subject (Switch, SUGAR) or the first frame (image to video); without: text to video")
-    p.add_argument("--prompt")
+    p.add_argument("--prompt", help="what the video shows")
     p.add_argument("--prompts", metavar="FILE.jsonl", help='many: {"prompt": ..., and any of "image", "mask", "subject", "noun", '
                    '"negative_prompt", "seed", "name"} a line; paths are relative to the file')
-    p.add_argument("--negative-prompt", default="")
+    p.add_argument("--negative-prompt", default="", help="what guidance leads away from (default: the empty prompt)")
     p.add_argument("--noun", help="the subject's noun in the prompt, before which <cls> stands (default: --subject, else in front)")
     p.add_argument("--model", default="checkpoints/toy", help="folder in the diffusers layout, or hub id (default: %(default)s)")
     p.add_argument("--adapter", help="Switch adapter: a .safetensors file or its folder")
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--fps", type=float, help="default: the checkpoint's")
     p.add_argument("--steps", type=int, help="default: 50")
     p.add_argument("--scheduler", choices=["ddim", "dpm"], help="default: the checkpoint's")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     p.add_argument("--guidance", type=float, help="on the text; not for SUGAR (default: 6.0)")
     p.add_argument("--omega-image", type=float, help="SUGAR's guidance on the identity (default: 7.5)")
     p.add_argument("--omega-text", type=float, help="SUGAR's guidance on the text (default: 7.5)")
@@ -57,8 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cut = p.add_mutually_exclusive_group()
     cut.add_argument("--subject", metavar="NOUN", help="cut this out of the image, with Grounded SAM")
     cut.add_argument("--mask", metavar="FILE", help="cut out what is white here")
-    p.add_argument("--fit", choices=["crop", "pad"], help="how the image meets the video's size (default: crop, or pad "
-                   "where a subject was cut out)")
+    p.add_argument("--fit", choices=["crop", "pad"], help="how the image meets the video's size, or SUGAR's square (default: pad "
+                   "where a subject was cut out and for SUGAR, else crop)")
     p.add_argument("--tile", action="store_true", help="decode in spatial tiles: less memory, slightly different pixels")
     p.add_argument("--low-memory", action="store_true",
                    help="stream the blocks of transformer and T5 from host memory: the 5b on a small GPU; implies --tile")
@@ -100,7 +101,10 @@ def read_settings(args: argparse.Namespace, sampler: Sampler) -> Settings:
 
 
 def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].strip("-") or "video"
+    """A file's name from a prompt; with a checksum where the prompt is longer, or has letters of other alphabets."""
+    whole = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    lost = len(whole) > 60 or not text.isascii()
+    return "-".join(filter(None, [whole[:60].strip("-") or "video", f"{zlib.crc32(text.encode()):08x}" * lost]))
 
 
 def read_requests(args: argparse.Namespace) -> list[Request]:
@@ -119,20 +123,25 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         return [replace(common, prompt=args.prompt, out=file)]
     if is_file:
         raise BadInput(f"--prompts makes many videos: --out must be a folder, not {args.out}.")
-    listing, requests = Path(args.prompts), []
+    return read_listing(Path(args.prompts), common)
+
+
+def read_listing(listing: Path, common: Request) -> list[Request]:
+    """The requests in a file of JSON lines; what a line does not say is as in `common`."""
+    requests = []
     try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
+        lines = listing.read_text(encoding="utf-8-sig").split("\n")  # not at the other ends of line that Unicode has
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--prompts {listing} cannot be read: {error}.") from error
+        raise BadInput(f"{listing} cannot be read: {error}.") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             requests.append(read_line(line, number, listing, common))
     if not requests:
-        raise BadInput(f"--prompts {listing} has no prompts.")
+        raise BadInput(f"{listing} has no prompts.")
     names = [request.out for request in requests]
     twice = [name.name for name in names if names.count(name) > 1]
     if twice:
-        raise BadInput(f"--prompts {listing} has the name {twice[0]} more than once.")
+        raise BadInput(f"{listing} has the name {twice[0]} more than once.")
     return requests
 
 
@@ -249,11 +258,14 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
         distributed.check_compiler(device)
     sampler = Sampler(args.model, args.adapter, device, args.dtype)
     sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
+    branches, together = 3 if sampler.kind == "sugar" else 2, world > 1 and args.prompts is None
+    if together:
+        distributed.video_groups(world, branches, sampler.config.num_attention_heads)
     settings = read_settings(args, sampler)
     prepare_images(requests, sampler, settings, args.fit)
-    if world > 1 and args.prompts is None:
+    if together:
         ranks = distributed.start(device)
-        sampler.split = partial(distributed.split_video, ranks=ranks, branches=3 if sampler.kind == "sugar" else 2)
+        sampler.split = partial(distributed.split_video, ranks=ranks, branches=branches)
     return sampler, settings, requests, rank
 
 

@@ -77,6 +77,19 @@ def test_into_a_folder_the_file_is_named_after_prompt_and_seed(here, capsys):
     assert capsys.readouterr().out.strip() == "new/a-fox-at-night-3.mp4"
 
 
+def test_prompts_that_differ_have_files_that_differ():
+    prompts = ["a fox", "A fox is jumping, in the snow!", "\u4e00\u53ea\u72d7", "\u4e00\u53ea\u732b", "caf\u00e9", "caf\u00e8", "a " + 40 * "fox ", "a " + 41 * "fox "]
+    names = [sample.slug(prompt) for prompt in prompts]
+    assert len(set(names)) == len(names) and names[:2] == ["a-fox", "a-fox-is-jumping-in-the-snow"]
+    assert all(name.isascii() and len(name) < 80 for name in names)
+
+
+def test_a_line_of_a_list_ends_where_json_says(tmp_path):
+    (tmp_path / "list.jsonl").write_bytes('\ufeff{"prompt": "a fox\u2028in the snow"}\r\n\n{"prompt": "a dog"}'.encode())
+    requests = sample.read_listing(tmp_path / "list.jsonl", pipeline.Request("", "", 0, tmp_path))
+    assert [request.prompt for request in requests] == ["a fox\u2028in the snow", "a dog"]
+
+
 def test_half_precision_samples_too(sampled):
     for dtype in ("bf16", "fp16"):
         assert sampled(f"--prompt 'a fox' --dtype {dtype}").isfinite().all(), dtype
