@@ -58,6 +58,8 @@ def resolve(model: str, more: tuple[str, ...] = ()) -> Path:
         return folder
     if folder.exists():
         raise BadInput(f"{model} is a file: a model is a folder in the diffusers layout, or a hub id.")
+    if model.rstrip("/") == "checkpoints/toy":
+        raise BadInput("There is no toy checkpoint in checkpoints/toy yet: `python toy.py init` writes one, untrained.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise BadInput(f"There is no folder {model}: give a folder in the diffusers layout, or a hub id such as "
                        f"THUDM/CogVideoX-5b.")

@@ -1,4 +1,4 @@
-"""The one torchrun path: start-up, sharding, and checkpoints that any number of ranks can resume.
+"""The one torchrun path: start-up, sharding, one video or sample on many ranks, and checkpoints that any number of ranks can resume.
 
 One process, `torchrun --nproc-per-node N` and several nodes run the same code: a single process is a world of one. FSDP2
 shards parameters, gradients and optimizer state in float32 and computes in bfloat16; it is applied here, from outside,
@@ -35,6 +35,7 @@ from checkpoint import BadInput, read_json
 
 
 PATIENCE = timedelta(minutes=10)
+SMALL = 2**30  # bytes of gathered weights that a rank may keep from the forward to the backward pass
 
 
 @dataclass
@@ -94,7 +95,8 @@ def find_device(name: str | None) -> torch.device:
         where = torch.device(kind, int(os.environ.get("LOCAL_RANK", index or 0))) if kind == "cuda" else torch.device(name or kind)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise BadInput(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        on = f"--device {name}" if name else f"GPU {os.environ.get('LOCAL_RANK', 0)}, for the rank of that number,"
+        raise BadInput(f"{on} cannot be used here: {str(error).splitlines()[0]}") from error
     return where
 
 
@@ -151,8 +153,8 @@ def leave(status: int) -> NoReturn:
 
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16,
           recompute: str | None = None, compiled: bool = False) -> FSDPModule:
-    """FSDP2: each block is gathered for its own forward and backward pass only. Parameters stay float32, are gathered and
-    computed with in `dtype`, and gradients are averaged over ranks in float32.
+    """FSDP2: each block is gathered for its own forward and backward pass only; where the whole model is small, once for both.
+    Parameters stay float32, are gathered and computed with in `dtype`, and gradients are averaged over ranks in float32.
 
     recompute: activation checkpointing, see recompute_blocks().
     compiled: torch.compile, block by block, so that one compilation serves them all.
@@ -162,8 +164,9 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
     if recompute:
         recompute_blocks(blocks, recompute == "keep-attention")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    large = sum(p.numel() for p in model.parameters()) * dtype.itemsize > SMALL
     for block in blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=large)
     for block, following in zip(blocks, blocks[1:]):  # gathered while the block before computes
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
@@ -244,15 +247,20 @@ class Gather(torch.autograd.Function):
         return ctx.group.size() * grad.chunk(ctx.group.size(), dim=1)[ctx.group.rank()], None
 
 
+def video_groups(world: int, branches: int, heads: int) -> tuple[int, int]:
+    """How many groups of ranks share out the guidance branches, and how many ranks of a group share the sequence."""
+    groups = math.gcd(world, branches)
+    within = world // groups
+    if heads % within:
+        raise BadInput(f"{world} ranks cannot share a video of this model: after {groups} for the guidance branches, its {heads} heads "
+                       f"do not divide among {within}.")
+    return groups, within
+
+
 def split_video(model: nn.Module, ranks: Ranks, branches: int) -> None:
     """Makes the ranks share every forward pass of `model`, of which each gets the whole result. branches: the batch that
     guidance asks for; ranks are split among them as far as both have divisors in common."""
-    groups = math.gcd(ranks.world, branches)
-    within = ranks.world // groups
-    heads = model.config.num_attention_heads
-    if heads % within:
-        raise BadInput(f"{ranks.world} ranks cannot share a video of this model: after {groups} for the guidance branches, its "
-                       f"{heads} heads do not divide among {within}.")
+    groups, within = video_groups(ranks.world, branches, model.config.num_attention_heads)
     mesh = init_device_mesh(ranks.device.type, (groups, within), mesh_dim_names=("branch", "sequence"))
     if groups > 1:
         split_batch(model, mesh["branch"])
@@ -351,32 +359,40 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict, ranks
     """Writes step-N in `folder`, and removes all but the last `keep`. When any rank fails, say because the disk is full, no
     trace of it is left, the older checkpoints survive, and every rank raises."""
     final = folder / f"step-{state['step']:06d}"
-    part, problem = folder / f".{final.name}-part", ""
-    if ranks.first:
+    part = folder / f".{final.name}-part"
+
+    def begin() -> None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    dist.barrier()
-    try:
+
+    def write() -> None:
         name = part / f"rank-{ranks.rank:05d}.safetensors"
         save_file({key: local(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()}, name)
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    if ranks.any(bool(problem)):
-        if ranks.first:
-            shutil.rmtree(part, ignore_errors=True)
-        last = last_checkpoint(folder)
-        raise BadInput(f"The checkpoint {final} could not be written ({problem or 'on another rank'}); the last whole one is "
-                       f"{last[0] if last else 'none'}.")
-    dist.barrier()
-    if ranks.first:
+
+    def finish() -> None:
         files = {file.name: file.stat().st_size for file in sorted(part.glob("rank-*"))}
         rows = {key: tensor.shape[0] if tensor.dim() else 0 for key, tensor in tensors.items()}
         (part / "state.json").write_text(json.dumps({**state, "world": ranks.world, "files": files, "rows": rows}))
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+        there = sorted(folder.glob("step-*"))
+        now = there.index(final) + 1  # what is later was broken, or this run had not begun before it
+        for old in there[: max(now - keep, 0)] + there[now:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    for work, everybody in ((begin, False), (write, True), (finish, False)):
+        problem = ""
+        try:
+            if everybody or ranks.first:
+                work()
+        except (OSError, SafetensorError) as error:
+            problem = str(error)
+        if ranks.any(bool(problem)):  # all have come so far
+            if ranks.first:
+                shutil.rmtree(part, ignore_errors=True)
+            last = last_checkpoint(folder)
+            raise BadInput(f"The checkpoint {final} could not be written ({problem or 'on another rank'}); the last whole one is "
+                           f"{last[0] if last else 'none'}.")
     return final
 
 

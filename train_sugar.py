@@ -8,7 +8,6 @@ image, and from synthetic ones, whose subject looks different but hardly moves.
 """
 
 import argparse
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from cache import Cache
 from checkpoint import BadInput, exit_status
 from data import Encoder, OneFrame, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
-from model import Block, Config, Transformer, load_transformer, read_config, save_tensors
+from model import Block, Config, Transformer, load_transformer, read_config, save_tensors, save_transformer
 from pipeline import Settings, read_schedule
 from readers import add_arguments, clip_of, open_data
-from training import (DTYPES, Options, add_common, check_parallel, check_range, generator, options_of, print_plan, settings_of, train)
+from training import (DTYPES, Options, add_common, check_parallel, check_range, check_settings, drop_earlier, generator, options_of,
+                      print_plan, settings_of, train)
 from vae import VAEConfig
-from validation import Validation
+from validation import Subjects, Validation, held_out_subjects
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_common(p)
     p.add_argument("--strategy", choices=["mix", "ts", "tsf"], default="tsf", help="Figure 6 (default: %(default)s)")
     p.add_argument("--p", type=float, default=0.5,
-                   help="probability of the synthetic videos, in the second stage of ts and tsf (default: %(default)s)")
+                   help="probability of the synthetic videos: throughout with mix, in the second stage with ts and tsf (default: %(default)s)")
     p.add_argument("--design", choices=list(DESIGNS), default="b", help="attention, Figure 4 (default: %(default)s)")
     p.add_argument("--synthetic", choices=["video", "image"], default="video", help="image is Figure 7's TSF-Image")
     p.add_argument("--batch", type=int, default=16, help="64 for official weights, our guess (default: %(default)s)")
@@ -88,8 +88,8 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
     """The first stage, which trains the most. DINOv2-large and CLIP ViT-L/14 where the base says nothing of them."""
     with torch.device("meta"):
         model = Transformer(config if config.sugar else replace(config, dino_dim=1024, clip_dim=1024, design=args.design))
-    config, block = model.config, Block(config).bfloat16()
-    frames, h, w = (config.sample_frames - 1) // 4 + 1, config.sample_height, config.sample_width
+    config, block, clip = model.config, Block(config).bfloat16(), clip_of(args, config)
+    frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
     stages = len(stages_of(args))
     print(f"{stages} stage{'s' * (stages > 1)} of {args.steps:,} steps; what follows is for the first")
@@ -104,6 +104,9 @@ def run(args: argparse.Namespace) -> None:
     config = read_config(checkpoint.need(folder, "transformer"))
     if config.image_to_video:
         raise BadInput(f"SUGAR cannot stand on {args.model}, an image-to-video model: it needs a text-to-video base.")
+    if config.patch_t != 1:
+        raise BadInput(f"SUGAR is not trained on {args.model} here: its patches span two latent frames, and a clip of 8k+1 frames has "
+                       f"an odd number. Take CogVideoX-2b or 5b.")
     if args.plan:
         return plan_run(config, folder, args, ranks.world) if ranks.first else None
     check_parallel(args, ranks, config.num_attention_heads)
@@ -118,25 +121,32 @@ def run(args: argparse.Namespace) -> None:
                                f"triplets themselves.")
             dataset = OneFrame(dataset, args.seed)
         streams[name] = Stream(dataset, length, encoder, args.seed)
+    held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), args.real_data or args.data, encoder, ranks)
     example = streams["real"][0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")
-    for stage in stages_of(args):
-        out = args.out / stage.name
-        if not (args.resume and (out / "transformer").is_dir()):
-            if not train_stage(stage, weights, out, args, ranks, folder, encoder, streams, {**image, "design": args.design}):
-                return  # stopped by a signal
+    stages = stages_of(args)
+    if args.restart:
+        drop_earlier(ranks, *(args.out / stage.name / part for stage in stages for part in ("checkpoints", "transformer")))
+    for stage in stages:
+        out, settings = args.out / stage.name, settings_of(args, stage=stage.name, weights=str(weights))
+        if (out / "transformer").is_dir():  # it has come to its end before
+            found = distributed.last_checkpoint(out / "checkpoints")
+            if found is not None:
+                check_settings(found[1]["settings"], settings, out)
+        elif not train_stage(stage, weights, out, settings, args, ranks, folder, encoder, streams, held_out,
+                             {**image, "design": args.design}):
+            return  # stopped by a signal
         weights = out / "transformer"
     if ranks.first:
-        shutil.rmtree(args.out / "transformer", ignore_errors=True)
-        shutil.copytree(weights, args.out / "transformer")
+        save_transformer(load_transformer(weights, dtype=DTYPES[args.dtype]), args.out / "transformer")  # the stages' are float32
         base = str(folder.resolve()) if Path(args.model).is_dir() else args.model
         checkpoint.name_base(args.out, base)
         print(f"wrote {args.out}: python sample.py --model {args.out} ...")
 
 
-def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace, ranks: distributed.Ranks, folder: Path,
-                encoder: Encoder, streams: dict[str, Stream], sugar: dict) -> bool:
+def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: argparse.Namespace, ranks: distributed.Ranks,
+                folder: Path, encoder: Encoder, streams: dict[str, Stream], held_out: ToyTest | Subjects | None, sugar: dict) -> bool:
     """Trains one stage and writes its transformer below `out`. Returns whether it came to its end."""
     dtype, null = DTYPES[args.dtype], encoder.null
     torch.manual_seed(args.seed)  # for the projections that a plain base lacks
@@ -159,16 +169,15 @@ def train_stage(stage: Stage, weights: Path, out: Path, args: argparse.Namespace
                                        keep_dino=keep_dino, keep_clip=keep_clip)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
-    settings = Settings(0, 0, 0, 8, "ddim", steps=20, omega_image=2.5, omega_text=5.0)
-    validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed, tuple(world.LOOKS)), out, ranks, dtype,
-                            args.validate_count, settings=settings)
-    state = train(model, options_of(args, out=out), ranks, plan, loss_of, validation,
-                  settings_of(args, stage=stage.name, weights=str(weights)))
+    sampled = Settings(0, 0, 0, 8, "ddim", steps=20, omega_image=2.5, omega_text=5.0)
+    validation = Validation(model, encoder, alpha_bar, held_out, out, ranks, dtype, args.validate_count, settings=sampled)
+    state = train(model, options_of(args, out=out), ranks, plan, loss_of, validation, settings)
     if state.step < args.steps:
         return False
     tensors = distributed.full_state_dict(model)
     if ranks.first:
         save_tensors(model.config, tensors, out / "transformer")
+    ranks.wait()  # the next stage begins with what the first rank has just written
     return True
 
 

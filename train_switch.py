@@ -23,9 +23,10 @@ from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
 from pipeline import read_schedule, switch_stands_on
 from readers import add_arguments, clip_of, open_data
-from training import (DTYPES, Options, add_common, check_parallel, check_range, generator, options_of, print_plan, settings_of, train)
+from training import (DTYPES, Options, add_common, check_parallel, check_range, drop_earlier, generator, options_of, print_plan,
+                      settings_of, train)
 from vae import VAEConfig
-from validation import Validation
+from validation import Validation, held_out_subjects
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,10 +50,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-cls", action="store_true", help="no <cls> in the prompt; Table 5")
     p.add_argument("--rank", type=int, default=32, help="of the LoRA; the paper's is 128 (default: %(default)s)")
     p.add_argument("--alpha", type=float, default=32.0, help="of the LoRA; the authors' is 64 at rank 128 (default: %(default)s)")
-    p.add_argument("--dropout", type=float, default=0.1, help="of the LoRA (default: %(default)s)")
+    p.add_argument("--dropout", type=float, default=0.0, help="of the LoRA; the authors' is 0.1 (default: %(default)s)")
     p.add_argument("--norm-lora", choices=["reference", "all"], default="reference", help="whose norm is adapted; 3.3")
     p.add_argument("--lora-tokens", choices=["all", "reference"], default="all", help="on whom the other LoRAs act")
-    Options.add_to(p, out=Path("runs/switch"), steps=2000, lr=1e-3, warmup=50, micro_batch=16)
+    Options.add_to(p, out=Path("runs/switch"), steps=2000, lr=2e-3, warmup=50, micro_batch=16)
     return p.parse_args(argv)
 
 
@@ -91,7 +92,8 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
     with torch.device("meta"):
         model = prepare(Transformer(config).bfloat16(), adapter)
     block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
-    frames, h, w = (config.sample_frames - 1) // 4 + 1, config.sample_height, config.sample_width
+    clip = clip_of(args, config)
+    frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
     tokens = config.max_text_seq_length + (frames + 1) * h * w // config.patch_size**2  # the video phase, with a reference
     phases = [phase_of(step, args) for step in range(args.steps)]
     samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
@@ -100,9 +102,11 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
 
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
+    check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"))
     if args.strategy == "video-only":
         args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
-    check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"))
+        if args.steps < 1:
+            raise BadInput(f"--p {args.p} of the steps are none: video-only trains for p x --steps steps.")
     for batch in (args.image_batch, args.video_batch):
         ranks.share(batch)
     dtype = DTYPES[args.dtype]
@@ -125,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
         dataset, length = open_data(source, kind, count, toy_count, clip, args, encoder, args.out / kind)
         streams[phase] = Stream(dataset, length, encoder, args.seed)
 
+    held_out = held_out_subjects(args, clip, ToyTest(args.seed), args.image_data or args.video_data, encoder, ranks)
+
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")
     model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
@@ -144,9 +150,10 @@ def run(args: argparse.Namespace) -> None:
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), reference=reference.to(dtype), **dropped)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
-    validation = Validation(model, encoder, alpha_bar, ToyTest(args.seed), args.out, ranks, dtype,
-                            args.validate_count,
+    validation = Validation(model, encoder, alpha_bar, held_out, args.out, ranks, dtype, args.validate_count,
                             with_reference=args.strategy != "video-only")
+    if args.restart:
+        drop_earlier(ranks, args.out / "checkpoints")
     state = train(model, options_of(args), ranks, plan, loss_of, validation, settings_of(args))
     if state.step == args.steps:
         tensors = distributed.full_state_dict(model, lambda key: ".lora_A." in key or ".lora_B." in key)

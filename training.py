@@ -10,7 +10,9 @@ one rank draws. What is left to torch's own generator (LoRA's dropout) is seeded
 import argparse
 import json
 import math
+import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import BadInput
-from distributed import Ranks, check_compiler, last_checkpoint, load_checkpoint, local, save_checkpoint
+from distributed import SMALL, Ranks, check_compiler, last_checkpoint, load_checkpoint, local, save_checkpoint
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,23 +53,19 @@ class Options:
     validate_every: int = 500
     validate_count: int = 4
     max_skipped: int = 10
-    resume: bool = True
 
     @staticmethod
     def add_to(parser: argparse.ArgumentParser, **defaults) -> None:
-        help = {"out": "folder for checkpoints, metrics.jsonl and validation sheets", "steps": "optimizer steps",
+        help = {"out": "folder for checkpoints, metrics.jsonl and validation sheets", "steps": "optimizer steps (SUGAR: of each stage)",
                 "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up",
                 "clip": "largest gradient norm", "micro_batch": "samples a rank takes at a time; the global batch does not "
                 "depend on it", "ema": "decay of an exponential moving average of the weights; 0 is none",
-                "keep": "checkpoints that are kept", "validate_count": "held-out subjects on a validation sheet; 0 is no sheet",
+                "keep": "checkpoints that are kept", "validate_count": "subjects on a validation sheet; 0 is no sheet",
                 "max_skipped": "steps with a loss that is not finite before stopping"}
         for name, option in Options.__dataclass_fields__.items():
             default = defaults.get(name, option.default)
-            if name == "resume":
-                parser.add_argument("--restart", dest="resume", action="store_false", help="ignore checkpoints in --out")
-            else:
-                parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default,
-                                    help=f"{help.get(name, '')} (default: {default})".strip())
+            parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default,
+                                help=f"{help.get(name, '')} (default: {default})".strip())
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +78,9 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks: slow to start, then faster")
     parser.add_argument("--sequence-parallel", type=int, default=1, metavar="N",
                         help="N ranks share each sample, for samples that are too long for one (default: %(default)s)")
+    parser.add_argument("--restart", action="store_true", help="remove what an earlier run has left in --out, instead of going on with it")
+    parser.add_argument("--validate-on", type=Path, metavar="FILE.jsonl", help='held-out subjects for the validation sheets, "prompt" and '
+                        '"image" in each line as for sample.py --prompts (default: on the toy\'s world its own, else none)')
     parser.add_argument("--plan", action="store_true", help="say what the run would take, and do not train")
     parser.add_argument("--gpu-memory", type=float, default=80, help="--plan: GB of each GPU (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=1.0, help="--plan: samples/s of all ranks (default: %(default)s)")
@@ -90,9 +91,10 @@ def options_of(args: argparse.Namespace, **changes) -> Options:
 
 
 def settings_of(args: argparse.Namespace, **more) -> dict:
-    """What makes a run what it is: the flags without those that change neither weights nor metrics."""
-    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "resume", "max_skipped",
-            "recompute", "sequence_parallel", "plan", "gpu_memory", "rate"}
+    """What makes a run what it is: the flags without those that change neither weights nor metrics (but for rounding, and for a
+    LoRA's dropout, of which each micro-batch of each rank has its own)."""
+    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "restart", "max_skipped",
+            "validate_on", "recompute", "sequence_parallel", "plan", "gpu_memory", "rate"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 
@@ -103,6 +105,8 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
     for name in (*counts, "steps", "micro_batch", "save_every", "validate_every", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
+    if args.validate_count < 0:
+        raise BadInput(f"--validate-count {args.validate_count}: choose 0 or more.")
 
 
 def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
@@ -143,11 +147,11 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim), 2 * config.dim
     each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
     kept = each * config.num_layers + (one if args.recompute else 0)
-    largest = sum(p.numel() for p in block.parameters())
+    whole, largest = (2 * sum(p.numel() for p in part.parameters()) for part in (model, block))  # in bfloat16
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
     parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,
-             "gathered blocks, two at a time": 2 * 2 * largest, "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
+             "gathered blocks": whole if whole <= SMALL else 2 * largest, "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
              "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch / args.sequence_parallel}
     total = sum(parts.values()) / 1e9
     print(f"trainable parameters   {trained:,}\nfrozen parameters      {frozen:,}\ntokens in a sample     {tokens:,}")
@@ -201,7 +205,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
     average = {key: p.detach().clone() for key, p in trained.items()} if options.ema else {}
     tensors = state_tensors(trained, held, optimizer, average)
     state, metrics = State(), options.out / "metrics.jsonl"
-    found = last_checkpoint(folder) if options.resume else None
+    found = last_checkpoint(folder)
     if found is not None:
         check_settings(found[1]["settings"], settings, options.out)
         load_checkpoint(*found, tensors, ranks)
@@ -257,11 +261,11 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         if state.step % options.save_every == 0 or state.step == options.steps or stopping:
             save_checkpoint(folder, tensors, {**asdict(state), "settings": settings}, ranks, options.keep)
             saved = state.step
-        if stopping:
-            break
         if options.validate_count and (state.step % options.validate_every == 0 or state.step == options.steps):
             model.eval()
             validate(state.step)
+        if stopping:
+            break
     bar.close()
     stop.restore()
     if ranks.first and state.step < options.steps:
@@ -282,6 +286,17 @@ def state_tensors(trained: dict[str, Tensor], held: dict[str, Tensor], optimizer
         optimizer.state[held[key]] = {name: local(tensor.detach()) for name, tensor in state.items()}
         tensors |= {f"adamw.{name}.{key}": tensor for name, tensor in state.items()}
     return tensors
+
+
+def drop_earlier(ranks: Ranks, *folders: Path) -> None:
+    """--restart: what an earlier run left goes, so that nobody takes it for this one's. Not when torchrun has started the ranks anew
+    after one died: then it is this run's."""
+    if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0):
+        return
+    if ranks.first:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    ranks.wait()
 
 
 def check_settings(old: dict, new: dict, out: Path) -> None:

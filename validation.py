@@ -1,7 +1,9 @@
-"""Validation: a few held-out subjects are sampled with the model in training, for a person to look at and, where the data
+"""Validation: a few held-out subjects, the toy's or a user's, are sampled with the model in training, for a person to look at and, where the data
 can measure, for the record."""
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +11,64 @@ import torch
 from torch import nn
 
 import media
-from data import Encoder, ToyTest
+from checkpoint import BadInput
+from data import Encoder, Example, ToyTest
 from distributed import Ranks
-from pipeline import Conditions, Settings, noise_source, sample_latents
+from media import Clip
+from pipeline import Conditions, Request, Settings, noise_source, sample_latents
+from sample import read_listing
+
+
+class Subjects:
+    """Held-out subjects that a user gives: a file of JSON lines as for `sample.py --prompts`, with "prompt", "image", and if need be
+    "mask" and "noun" in each. What is transparent or masked out becomes white."""
+
+    def __init__(self, listing: Path, clip: Clip, sugar: bool):
+        self.examples, video = [], np.broadcast_to(np.uint8(0), (clip.frames, clip.height, clip.width, 3))  # for its size alone
+        for request in read_listing(listing, Request("", "", 0, Path())):
+            if request.image is None or request.subject is not None:
+                raise BadInput(f"{listing}: {request.prompt!r} needs an image, with the subject cut out already or a mask beside it.")
+            image = media.open_image(request.image)
+            mask = media.alpha_mask(image) if request.mask is None else media.open_mask(request.mask, image)
+            cut = image if mask is None else media.cut_out(image, mask, request.image)
+            size = (max(cut.size),) * 2 if sugar else (clip.height, clip.width)
+            fitted = media.fit(cut, *size, "crop" if mask is None and not sugar else "pad")
+            self.examples.append(Example(video, request.prompt, fitted, request.noun))
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, i: int) -> Example:
+        return self.examples[i]
+
+
+def held_out_subjects(args: argparse.Namespace, clip: Clip, toy: ToyTest, data: str | None, encoder: Encoder, ranks: Ranks
+                      ) -> ToyTest | Subjects | None:
+    """Whom the sheets show: the subjects of --validate-on, else the toy's where it is trained on the toy's world (data: None)."""
+    if args.validate_on is not None:
+        return Subjects(args.validate_on, clip, encoder.sugar)
+    if data is not None and args.validate_count and ranks.first:
+        print("there will be no validation sheets: name subjects with --validate-on", file=sys.stderr)
+    return toy if data is None else None
 
 
 class Validation:
     """validate(step): writes validation/step-N.png and .gif, and a line of mean scores to validation.jsonl.
 
-    Every rank samples, as a sharded model needs them all; the first one writes.
+    Every rank samples, as a sharded model needs them all; the first one writes. examples: None is no validation.
     """
 
-    def __init__(self, model: nn.Module, encoder: Encoder, alpha_bar: torch.Tensor, examples: ToyTest, out: Path, ranks: Ranks,
+    def __init__(self, model: nn.Module, encoder: Encoder, alpha_bar: torch.Tensor, examples: ToyTest | Subjects | None, out: Path, ranks: Ranks,
                  dtype: torch.dtype, count: int = 4, with_reference: bool = True, settings: Settings | None = None):
         self.model, self.encoder, self.alpha_bar, self.examples = model, encoder, alpha_bar, examples
         self.out, self.ranks, self.dtype, self.with_reference = out, ranks, dtype, with_reference
-        self.count, self.settings = count, settings or Settings(0, 0, 0, 8, "ddim", steps=20)
+        self.count = 0 if examples is None else min(count, len(examples))
+        self.settings = settings or Settings(0, 0, 0, 8, "ddim", steps=20)
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
+        if self.count == 0:
+            return
         rows, scores = [], []
         for number in range(self.count):
             example = self.examples[number]
@@ -42,8 +83,10 @@ class Validation:
         media.save_sheet(rows, folder / f"step-{step:06d}")
         if scores:
             mean = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-            with (self.out / "validation.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **mean}) + "\n")
+            file = self.out / "validation.jsonl"  # a killed run may have come further than this one: its lines go
+            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+            before = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
+            file.write_text("\n".join([*before, json.dumps({"step": step, **mean})]) + "\n", encoding="utf-8")
 
     def sample(self, example, seed: int) -> np.ndarray:
         """uint8 frames [F, H, W, 3] of the example's subject doing what its text says."""

@@ -1,23 +1,14 @@
-"""Both trainers: resumed is uninterrupted, two ranks are one, the branches and rates are those asked for, and who learns."""
+"""Both trainers: the branches and rates are those asked for, who learns, what is drawn; whole runs are in test_runs.py."""
 
-import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cli import ROOT
 from conftest import VARIANTS, randomize, relative_error
-from PIL import Image
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distributed
@@ -26,144 +17,11 @@ import train_sugar
 import train_switch
 from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
-from distributed import bounds, last_checkpoint
+from distributed import bounds
 from lora import Adapter
 from model import Config, Transformer
 from training import Options, generator, learning_rate
 from vae import VAEConfig
-
-SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --p 0.4 --lr 0.01"
-SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001"
-QUIET = "--validate-count 0 --save-every 2"
-
-
-def command(script: str, base: Path, out: Path, arguments: str, ranks: int = 1, restarts: int = 0) -> list[str]:
-    launcher = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-    return [*launcher, str(ROOT / script), "--model", str(base), "--out", str(out), "--device", "cpu", *QUIET.split(),
-            *arguments.split()]
-
-
-def start(*args, **kwargs) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    return subprocess.Popen(command(*args, **kwargs), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err[-3000:]
-    return out + err
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    [file] = [f for f in (out / "pytorch_lora_weights.safetensors", *out.glob("transformer/*.safetensors")) if f.exists()]
-    return load_file(file)
-
-
-def metrics(out: Path) -> list[dict]:
-    [file] = list(out.glob("metrics.jsonl")) + list(out.glob("*/metrics.jsonl"))
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def wait_for_steps(process: subprocess.Popen, out: Path, lines: int) -> None:
-    """Returns as soon as that many steps are in metrics.jsonl."""
-    for _ in range(4000):
-        written = sum(len(f.read_text().splitlines()) for f in [*out.glob("metrics.jsonl"), *out.glob("*/metrics.jsonl")])
-        if written >= lines or process.poll() is not None:
-            break
-        time.sleep(0.02)
-
-
-def children(pid: int) -> list[int]:
-    """The processes that `pid` has started."""
-    parents = {int(stat.parent.name): int(stat.read_text().rpartition(")")[2].split()[1]) for stat in Path("/proc").glob("[0-9]*/stat")}
-    return [child for child, parent in parents.items() if parent == pid]
-
-
-@pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH), ("train_sugar.py", SUGAR)])
-def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(script, arguments, base, tmp_path, seed):
-    arguments += f" --steps 7 --seed {seed % 1000}"
-    whole = start(script, base, tmp_path / "whole", arguments)
-    killed = start(script, base, tmp_path / "killed", arguments)
-    wait_for_steps(killed, tmp_path / "killed", 1 + seed % 5)
-    killed.kill()
-    killed.communicate()
-    finish(start(script, base, tmp_path / "killed", arguments))
-    finish(whole)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_sigterm_saves_and_exits_0_and_other_settings_are_refused_by_name(base, tmp_path):
-    process = start("train_switch.py", base, tmp_path / "run", SWITCH + " --steps 500 --save-every 400")
-    wait_for_steps(process, tmp_path / "run", 3)
-    process.terminate()
-    assert "goes on from there" in finish(process)
-    folder, state = last_checkpoint(tmp_path / "run" / "checkpoints")
-    assert state["step"] == len(metrics(tmp_path / "run")) >= 3
-    again = start("train_switch.py", base, tmp_path / "run", SWITCH.replace("--p 0.4", "--p 0.3") + " --steps 500")
-    out, err = again.communicate()
-    assert again.returncode == 2 and "with p = 0.4, and now it is 0.3" in err
-
-
-def test_a_rank_that_dies_ends_all_and_torchrun_begins_again_where_they_were(base, tmp_path, seed):
-    arguments = SWITCH + " --steps 40"
-    whole = start("train_switch.py", base, tmp_path / "whole", arguments, ranks=2)
-    killed = start("train_switch.py", base, tmp_path / "killed", arguments, ranks=2, restarts=1)
-    wait_for_steps(killed, tmp_path / "killed", 3)
-    ranks = children(killed.pid)
-    assert len(ranks) == 2
-    os.kill(ranks[seed % 2], signal.SIGKILL)
-    finish(killed)
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
-    finish(whole)
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
-    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-@pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH), ("train_sugar.py", SUGAR)])
-def test_two_ranks_are_one_rank_and_what_two_saved_one_resumes(script, arguments, base, tmp_path):
-    arguments += " --dtype fp32" + (" --dropout 0" if "switch" in script else "")
-    finish(start(script, base, tmp_path / "one", arguments + " --steps 5"))
-    finish(start(script, base, tmp_path / "two", arguments + " --steps 5", ranks=2))
-    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        assert ours["stream"] == theirs["stream"] and ours["samples"] == theirs["samples"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all((one[key] - two[key]).norm() <= 2e-3 * one[key].norm() + 1e-6 for key in one)
-    # One rank goes on from what two ranks have saved: the last checkpoint is taken away, step 5 is done again.
-    for folder in [tmp_path / "two", *(tmp_path / "two").glob("m*")]:
-        if (folder / "checkpoints" / "step-000005").exists():
-            (folder / "checkpoints" / "step-000005" / "state.json").unlink()
-    for finished in (tmp_path / "two").glob("*/transformer"):
-        shutil.rmtree(finished)
-    said = finish(start(script, base, tmp_path / "two", arguments + " --steps 5"))
-    assert "falling back to the one before" in said
-    resumed = weights(tmp_path / "two")
-    assert all((resumed[key] - two[key]).norm() <= 2e-3 * two[key].norm() + 1e-6 for key in two)
-
-
-def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
-    ranks, tensors = distributed.start("cpu"), {"model.x": torch.arange(6.0)}
-    state = {"step": 1, "positions": {}, "skipped": 0, "settings": {}}
-    distributed.save_checkpoint(tmp_path, tensors, state, ranks, keep=2)
-
-    def full(tensors, name):
-        name.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(distributed, "save_file", full)
-    with pytest.raises(BadInput, match="step-000002 could not be written.*No space left.*last whole one is .*step-000001"):
-        distributed.save_checkpoint(tmp_path, tensors, {**state, "step": 2}, ranks, keep=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
-    found = {"model.x": torch.zeros(6)}
-    distributed.load_checkpoint(*last_checkpoint(tmp_path), found, ranks)
-    assert torch.equal(found["model.x"], tensors["model.x"])
-
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
@@ -285,22 +143,6 @@ def test_only_the_lora_learns_and_the_norms_lora_only_from_the_reference():
     assert not learned(reference=reference, keep_reference=torch.zeros(1, 16, dtype=torch.bool)) & norms
 
 
-def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, tmp_path):
-    arguments = SUGAR.replace("mix", "tsf") + " --steps 2 --warmup 1 --lr 0.01 --validate-count 1"
-    finish(start("train_sugar.py", base, tmp_path / "run", arguments))
-    for stage in ("real", "mixed"):
-        sheet = Image.open(tmp_path / f"run/{stage}/validation/step-000002.png")
-        assert sheet.height == 2 * 64 + 4 and Image.open(tmp_path / f"run/{stage}/validation/step-000002.gif").n_frames > 1
-        [line] = (tmp_path / f"run/{stage}/validation.jsonl").read_text().splitlines()
-        assert json.loads(line).keys() == {"step", "identity", "motion", "background", "look", "movement"}
-    real, mixed = (load_file(tmp_path / f"run/{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("real", "mixed"))
-    first = {key for key in real if re.match(r"transformer_blocks\.[01]\.", key)}  # of four
-    assert len(first) > 30 and all(torch.equal(real[key], mixed[key]) for key in first)
-    changed = {key for key in real if not torch.equal(real[key], mixed[key])}
-    assert {"patch_embed.proj.weight", "dino_proj.weight", "null_dino", "transformer_blocks.2.attn1.to_q.weight"} <= changed
-    assert not changed & first
-
-
 class Attentions(TorchDispatchMode):
     """Counts the attentions that are computed inside it, the backward passes' own kernels aside."""
 
@@ -359,6 +201,14 @@ def test_the_plan_says_what_a_run_takes_and_does_not_train(main, base, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_is_for_the_clips_that_are_asked_for(base, tmp_path, capsys):
+    tokens = []
+    for size in ("", "--frames 17 --height 96 --width 64"):
+        assert train_switch.main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu {size}".split()) == 0
+        tokens.append(int(re.search(r"tokens in a sample +([\d,]+)", capsys.readouterr().out)[1].replace(",", "")))
+    assert tokens == [toy_networks.TOKENS + (3 + 1) * 4 * 4, toy_networks.TOKENS + (5 + 1) * 6 * 4]
+
+
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +264,9 @@ def test_the_posterior_is_sampled_with_its_deviation(seed):
     (train_switch.main, "--reference-drop 2", "--reference-drop 2.0"),
     (train_switch.main, "--image-batch 0", "--image-batch 0: choose 1 or more"),
     (train_switch.main, "--steps 0", "--steps 0: choose 1 or more"),
+    (train_switch.main, "--strategy video-only --p 0", "--p 0.0 of the steps are none"),
+    (train_switch.main, "--validate-count -1", "--validate-count -1: choose 0 or more"),
+    (train_switch.main, "--validate-on nowhere.jsonl", "nowhere.jsonl cannot be read"),
     (train_switch.main, "--model nowhere", "There is no folder nowhere"),
     (train_switch.main, "--model {base}/i2v", "Switch cannot stand on"),
     (train_switch.main, "--model {base}/sugar", "Switch cannot stand on"),
@@ -437,8 +290,3 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
         ranks.share(8)
 
 
-def test_a_loss_that_is_not_finite_skips_the_step_and_stops_in_the_end(base, tmp_path):
-    process = start("train_switch.py", base, tmp_path / "run", SWITCH + " --steps 9 --lr 1e30 --clip 1e30 --max-skipped 2")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert re.search(r"not finite for 3 steps, the last one step \d+ on (image|video) samples", err)
