@@ -31,4 +31,4 @@ checkpoints/toy/model_index.json: | .venv/.ready
 	touch $@ .venv/.ready
 
 clean:
-	rm -rf .venv samples runs .pytest_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv samples .pytest_cache .hypothesis __pycache__ tests/__pycache__

@@ -1,7 +1,7 @@
 """The papers' protocols: videos for their prompts, their scores, their tables.
 
     python evaluate.py generate --set sugar --dreambench DIR --out runs/eval/sugar -- --model MODEL --omega-image 5
-    python evaluate.py score runs/eval/sugar --raft raft-things.pth --amt amt-s.pth --viclip ViClip-InternVid-10M-FLT.pth
+    python evaluate.py score runs/eval/sugar --set sugar --raft raft-things.pth --viclip ViClip-InternVid-10M-FLT.pth
     python evaluate.py sheet runs/eval/sugar runs/eval/other
     python evaluate.py ablate switch-strategy            a paper's ablation on the toy
     python evaluate.py motion --data DIR --out ..        Switch's temporal protocol
