@@ -117,6 +117,7 @@ def data(args: argparse.Namespace) -> dict:
     print("\n| 49x480x720 out of 30 s of 1280x720 | clips/s |\n|---|---|")
     for side, value in rate.items():
         print(f"| {side} | {value:.2f} |")
-    print(f"ratio {rate['ours'] / rate['all frames']:.1f}; first batch of {len(first)} out of 400,000 rows after {until_first:.1f} s; memory "
+    print(f"ratio {rate['ours'] / rate['all frames']:.1f}; first batch of {len(first)} out of 400,000 rows after "
+          f"{until_first:.1f} s; memory "
           + ", ".join(f"{size / 1e6:.0f} MB after {count:,} samples" for count, size in memory.items()))
     return {"clips_per_second": rate, "seconds": seconds, "first_batch": until_first, "memory": memory}

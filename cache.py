@@ -121,7 +121,8 @@ def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ran
     todo = [number for number in range(-(-length // SHARD)) if not shard_file(folder, number).exists()]
     ranks.wait()  # all have looked at the same files; what is left is shared out
     todo = todo[ranks.rank :: ranks.world]
-    with tqdm(total=sum(min(SHARD, length - number * SHARD) for number in todo), unit="example", desc=folder.name, disable=not ranks.first, dynamic_ncols=True) as bar:
+    count = sum(min(SHARD, length - number * SHARD) for number in todo)
+    with tqdm(total=count, unit="example", desc=folder.name, disable=not ranks.first, dynamic_ncols=True) as bar:
         for number in todo:
             tensors = {"null.text": encoder.null} if number == 0 else {}
             for i in range(number * SHARD, min((number + 1) * SHARD, length)):

@@ -92,8 +92,8 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
             real, first = run.path("classes", item["id"], ".mp4"), run.path("classes", item["id"], ".png")
             media.save_video(frames, real, clip.fps, {"text": text})
             media.save_image(Image.fromarray(frames[0]), first)
-            yield {**item, "text": text, "noun": noun, "class": found, "subject": subject, "background": background, "kept": found is not None,
-                   **({"why": why} if why else {}), "real": str(real.relative_to(run.out)), "first": str(first.relative_to(run.out))}
+            yield {**item, "text": text, "noun": noun, "class": found, "subject": subject, "background": background,
+                   "kept": found is not None, **({"why": why} if why else {}), "real": str(real.relative_to(run.out)), "first": str(first.relative_to(run.out))}
 
     settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed, "flow": flow.name,
                 "camera": args.camera, "small": args.small, "medium": args.medium}
@@ -125,8 +125,8 @@ def motion(args: argparse.Namespace) -> None:
         raise BadInput(f"No video is left in any class: {args.out / 'classes.jsonl'} says why.")
     listing = args.out / "list.jsonl"
     if ranks.first:
-        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed, **({"noun": item["noun"]} if item["noun"] else {}), **({} if args.no_image else {"image": str(
-            (args.out / item["first"]).resolve())})} for item in chosen]
+        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed, **({"noun": item["noun"]} if item["noun"] else {}),
+                  **({} if args.no_image else {"image": str((args.out / item["first"]).resolve())})} for item in chosen]
         with checkpoint.replace_when_whole(listing) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     ranks.wait()

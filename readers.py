@@ -97,10 +97,11 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     if (path / "index.json").exists():
         cache = Cache(path)
         cache.check(encoder, stream)
-        cache.check_clip({name: getattr(args, name) for name in (("height",) if stream == "pairs" else ("frames", "height", "width", "fps"))})
+        sizes = ("height",) if stream == "pairs" else ("frames", "height", "width", "fps")
+        cache.check_clip({name: getattr(args, name) for name in sizes})
         if args.share != 1:
-            raise BadInput(f"--share {args.share}: the cache {path} holds the share that it was written with; leave the flag out, or choose "
-                           f"fewer by their number.")
+            raise BadInput(f"--share {args.share}: the cache {path} holds the share that it was written with; leave the flag out, or "
+                           f"choose fewer by their number.")
         encoder.null = cache.null()
         dataset = cache
     elif stream == "pairs":
@@ -404,7 +405,8 @@ class DreamBench:
                 continue
             if noun not in kinds:
                 raise BadInput(f"{listing} has a class {noun!r}, which is none of SUGAR's animals, active and static objects.")
-            files = sorted(file for file in (folder / subject).glob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png") and file.name[0] != ".")
+            files = sorted(file for file in (folder / subject).glob("*")
+                           if file.suffix.lower() in (".jpg", ".jpeg", ".png") and file.name[0] != ".")
             if not files:
                 raise BadInput(f"{folder / subject} has no photographs, though {listing.name} lists the subject.")
             self.photographs += [Photograph(subject, noun, kinds[noun], file) for file in files]

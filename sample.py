@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tile", action="store_true", help="decode in spatial tiles: less memory, slightly different pixels")
     p.add_argument("--low-memory", action="store_true",
                    help="stream the blocks of transformer and T5 from host memory: the 5b on a small GPU; implies --tile")
-    p.add_argument("--compile", action="store_true", help="torch.compile on the blocks: the first step takes long, the others less than without")
+    p.add_argument("--compile", action="store_true", help="torch.compile on the blocks: slow to start, then faster")
     p.add_argument("--dtype", choices=list(DTYPES), help="default: the checkpoint's on a GPU, fp32 on a CPU")
     p.add_argument("--device", help="default: cuda where there is one, else cpu")
     return p.parse_args(argv)

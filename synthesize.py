@@ -160,7 +160,8 @@ def prompt(run: Run, args: argparse.Namespace) -> None:
             yield sample
 
     digest = hashlib.sha256(json.dumps(templates).encode()).hexdigest()[:16]
-    run.stage("prompt", samples, {"templates": digest, "llm": args.llm, "prompts": args.prompts, "seed": args.seed}, work, lambda sample: [Path(sample["image"])], {})
+    run.stage("prompt", samples, {"templates": digest, "llm": args.llm, "prompts": args.prompts, "seed": args.seed}, work,
+              lambda sample: [Path(sample["image"])], {})
 
 
 def templates_of(args: argparse.Namespace) -> dict:
@@ -226,8 +227,8 @@ def customize(run: Run, args: argparse.Namespace) -> None:
                 picture = Image.fromarray(media.video_to_frames(video)[0])
                 yield {**sample, "customized": save_picture(run, "customize", sample["id"], picture)}
 
-    run.stage("customize", run.samples("prompt"), {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side, "seed": args.seed},
-              work, lambda sample: [Path(sample["image"]), Path(sample["customized"])], {})
+    made_by = {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side, "seed": args.seed}
+    run.stage("customize", run.samples("prompt"), made_by, work, lambda sample: [Path(sample["image"]), Path(sample["customized"])], {})
 
 
 def filter_images(run: Run, args: argparse.Namespace) -> None:

@@ -363,7 +363,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("checkpoints/toy"), help="the checkpoint (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="build: checkpoints of the stages (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="build: these alone (default: all)")
-    parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small number tries it out, with a --work and --out of its own")
+    parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small "
+                        "number tries it out, with a --work and --out of its own")
     parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(argv)

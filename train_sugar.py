@@ -36,7 +36,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_common(p)
     p.add_argument("--strategy", choices=["mix", "ts", "tsf"], default="tsf", help="Figure 6 (default: %(default)s)")
     p.add_argument("--p", type=float, default=0.5,
-                   help="probability of the synthetic videos: throughout with mix, in the second stage with ts and tsf (default: %(default)s)")
+                   help="probability of the synthetic videos: with mix throughout, with ts and tsf in the second stage (default: "
+                   "%(default)s)")
     p.add_argument("--design", choices=list(DESIGNS), default="b", help="attention, Figure 4 (default: %(default)s)")
     p.add_argument("--synthetic", choices=["video", "image"], default="video", help="image is Figure 7's TSF-Image")
     p.add_argument("--batch", type=int, default=16, help="64 for official weights, our guess (default: %(default)s)")

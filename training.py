@@ -151,8 +151,10 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
     parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,
-             "gathered blocks": whole if whole <= SMALL else 2 * largest, "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
-             "AdamW, sharded": 8 * trained / world, f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch / args.sequence_parallel}
+             "gathered blocks": whole if whole <= SMALL else 2 * largest,
+             "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
+             "AdamW, sharded": 8 * trained / world,
+             f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch / args.sequence_parallel}
     total = sum(parts.values()) / 1e9
     print(f"trainable parameters   {trained:,}\nfrozen parameters      {frozen:,}\ntokens in a sample     {tokens:,}")
     print(f"steps                  {args.steps:,} on {world} rank{'s' * (world > 1)}\nmemory of each rank")

@@ -1,5 +1,5 @@
-"""Validation: a few held-out subjects, the toy's or a user's, are sampled with the model in training, for a person to look at and, where the data
-can measure, for the record."""
+"""Validation: a few held-out subjects, the toy's or a user's, are sampled with the model in training, for a person to look at
+and, where the data can measure, for the record."""
 
 import argparse
 import json
@@ -58,8 +58,8 @@ class Validation:
     Every rank samples, as a sharded model needs them all; the first one writes. examples: None is no validation.
     """
 
-    def __init__(self, model: nn.Module, encoder: Encoder, alpha_bar: torch.Tensor, examples: ToyTest | Subjects | None, out: Path, ranks: Ranks,
-                 dtype: torch.dtype, count: int = 4, with_reference: bool = True, settings: Settings | None = None):
+    def __init__(self, model: nn.Module, encoder: Encoder, alpha_bar: torch.Tensor, examples: ToyTest | Subjects | None, out: Path,
+                 ranks: Ranks, dtype: torch.dtype, count: int = 4, with_reference: bool = True, settings: Settings | None = None):
         self.model, self.encoder, self.alpha_bar, self.examples = model, encoder, alpha_bar, examples
         self.out, self.ranks, self.dtype, self.with_reference = out, ranks, dtype, with_reference
         self.count = 0 if examples is None else min(count, len(examples))
