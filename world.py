@@ -114,14 +114,14 @@ RAMP = np.linspace(-0.5, 0.5, FRAMES)
 ARCH = np.square(RAMP).mean() * 4 - 4 * RAMP**2  # up and down again; the mean is 0, as of RAMP, and they are orthogonal
 MOTIONS = {  # which part of the pose (x, y, log scale, angle) changes, by how much (pixels, degrees), along which curve
     "still": (" is standing still", " stands still", 0, 0.0, RAMP),
-    "left": (" is moving left", " moves to the left", 0, -24.0, RAMP),
-    "right": (" is moving right", " moves to the right", 0, 24.0, RAMP),
-    "up": (" is floating up", " rises into the air", 1, -24.0, RAMP),
-    "down": (" is sinking down", " drops down", 1, 24.0, RAMP),
-    "jump": (" is jumping", " jumps up and down", 1, -24.0, ARCH),
-    "spin": (" is spinning", " turns around", 3, 200.0, RAMP),
-    "grow": (" is growing", " becomes bigger", 2, np.log(1.9), RAMP),
-    "shrink": (" is shrinking", " becomes smaller", 2, -np.log(1.9), RAMP),
+    "left": (" is moving left", " moves to the left", 0, -18.0, RAMP),
+    "right": (" is moving right", " moves to the right", 0, 18.0, RAMP),
+    "up": (" is floating up", " rises into the air", 1, -18.0, RAMP),
+    "down": (" is sinking down", " drops down", 1, 18.0, RAMP),
+    "jump": (" is jumping", " jumps up and down", 1, -18.0, ARCH),
+    "spin": (" is spinning", " turns around", 3, 120.0, RAMP),
+    "grow": (" is growing", " becomes bigger", 2, np.log(1.7), RAMP),
+    "shrink": (" is shrinking", " becomes smaller", 2, -np.log(1.7), RAMP),
 }
 SHIFT = 4  # pixels that a background may be moved to either side
 

@@ -285,7 +285,7 @@ def test_an_empty_background_has_nobody_in_it(seed):
 
 
 def test_movement_is_in_pixels_per_frame(seed):
-    """As the path that was drawn: what moves by 24 pixels over 8 steps moves by about 3 in each."""
+    """As the path that was drawn: what moves by 18 pixels over 8 steps moves by about 2 in each."""
     for motion in ("left", "up"):
         scene = world.sample_scene(seed, motion=motion)
         path, _ = world.poses(scene)
