@@ -21,7 +21,7 @@ import distributed
 import evaluate
 import media
 import world
-from cache import stored_settings, write_cache
+from cache import Cache, stored_settings, write_cache
 from checkpoint import BadInput, exit_status, name_base
 from data import Encoder, Stream, Toy, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
@@ -142,6 +142,15 @@ class Builder:
             distributed.leave(0)
         return distributed.full_state_dict(model)
 
+    def count(self, whole: int) -> int:
+        """Examples, or steps, at this scale."""
+        return max(round(whole * self.scale), 8)
+
+    def cached(self, stream: str, whole: int, encoder: Encoder) -> Cache:
+        """A stream of the world, encoded once, every rank its share."""
+        return write_cache(self.work / stream, Toy(stream, self.seed), self.count(whole), encoder, self.ranks, self.seed,
+                           stored_settings(encoder, stream))
+
     def rng(self, stage: str, position: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, *stage.encode(), position))
 
@@ -261,10 +270,8 @@ class Builder:
         if i2v:
             start_from_base(model, self.folder / "transformer")
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
-        length = max(round(16000 * self.scale), 8)
-        cache = write_cache(self.work / "latents", Toy("styled", self.seed), length, encoder, self.ranks, self.seed,
-                            stored_settings(encoder, "styled"))
-        clips = Stream(cache, length, encoder, self.seed)
+        cache = self.cached("styled", 16000, encoder)
+        clips = Stream(cache, len(cache), encoder, self.seed)
         alpha_bar, null = alpha_bar_schedule(SCHEDULE).to(self.ranks.device), encoder.null
 
         def plan(step: int) -> tuple[str, int]:
@@ -300,10 +307,12 @@ class Builder:
         """The adapter, by the paper's own trainer."""
         import train_switch
 
-        out, count = self.work / "switch", lambda n: str(max(round(n * self.scale), 8))
+        out = self.work / "switch"
+        encoder = Encoder(self.folder, "token", TOKENS, self.ranks.device)
         train_switch.run(train_switch.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(4000),
-             "--images", count(8000), "--videos", count(4000), "--validate-every", "1000"]))
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(4000)),
+             "--image-data", str(self.cached("pairs", 8000, encoder).folder),
+             "--video-data", str(self.cached("videos", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
         file = out / "pytorch_lora_weights.safetensors"
         if not file.exists():  # stopped by a signal
@@ -316,10 +325,12 @@ class Builder:
         """The SUGAR model, by the paper's own trainer: TSF, design (b)."""
         import train_sugar
 
-        out, count = self.work / "sugar", lambda n: str(max(round(n * self.scale), 8))
+        out = self.work / "sugar"
+        encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, sugar=True)
         train_sugar.run(train_sugar.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", count(2500),
-             "--batch", "32", "--real", count(6000), "--triplets", count(6000), "--validate-every", "1000"]))
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(2500)),
+             "--batch", "32", "--real-data", str(self.cached("subjects", 6000, encoder).folder),
+             "--data", str(self.cached("triplets", 6000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
             distributed.leave(0)

@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
                                f"triplets themselves.")
             dataset = OneFrame(dataset, args.seed)
         streams[name] = Stream(dataset, length, encoder, args.seed)
-    held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), args.real_data or args.data, encoder, ranks)
+    held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     example = streams["real"][0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")

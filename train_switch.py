@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         dataset, length = open_data(source, kind, count, toy_count, clip, args, encoder, args.out / kind)
         streams[phase] = Stream(dataset, length, encoder, args.seed)
 
-    held_out = held_out_subjects(args, clip, ToyTest(args.seed), args.image_data or args.video_data, encoder, ranks)
+    held_out = held_out_subjects(args, clip, ToyTest(args.seed), streams, encoder, ranks)
 
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import media
+from cache import Cache
 from checkpoint import BadInput
-from data import Encoder, Example, ToyTest
+from data import Encoder, Example, OneFrame, Stream, Toy, ToyTest
 from distributed import Ranks
 from media import Clip
 from pipeline import Conditions, Request, Settings, noise_source, sample_latents
@@ -42,14 +43,23 @@ class Subjects:
         return self.examples[i]
 
 
-def held_out_subjects(args: argparse.Namespace, clip: Clip, toy: ToyTest, data: str | None, encoder: Encoder, ranks: Ranks
+def held_out_subjects(args: argparse.Namespace, clip: Clip, toy: ToyTest, streams: dict[str, Stream], encoder: Encoder, ranks: Ranks
                       ) -> ToyTest | Subjects | None:
-    """Whom the sheets show: the subjects of --validate-on, else the toy's where it is trained on the toy's world (data: None)."""
+    """Whom the sheets show: the subjects of --validate-on, else the toy's where all data are of the toy's world."""
     if args.validate_on is not None:
         return Subjects(args.validate_on, clip, encoder.sugar)
-    if data is not None and args.validate_count and ranks.first:
+    if all(of_the_toy(stream.dataset) for stream in streams.values()):
+        return toy
+    if args.validate_count and ranks.first:
         print("there will be no validation sheets: name subjects with --validate-on", file=sys.stderr)
-    return toy if data is None else None
+    return None
+
+
+def of_the_toy(dataset) -> bool:
+    """Whether it is the toy's world, or a cache of it."""
+    if isinstance(dataset, OneFrame):
+        return of_the_toy(dataset.dataset)
+    return isinstance(dataset, Toy) or isinstance(dataset, Cache) and dataset.settings.get("data") is None
 
 
 class Validation:
