@@ -9,7 +9,7 @@ noise and small misfits harmless.
 from functools import lru_cache
 
 import numpy as np
-from numpy import exp, ndarray
+from numpy import ndarray
 
 from world import BACKGROUNDS, LOOKS, MOTIONS, REACH, SHIFT, SIZE, Scene, Subject, backdrop, box, place, texture
 
@@ -59,15 +59,15 @@ def fit(texture: ndarray, reach: float, scales: ndarray, angles: ndarray, V: nda
     return poses, np.square(V - B).sum((-3, -2, -1)) - error.min(1)
 
 
-def track(video: ndarray, B: ndarray) -> tuple[ndarray, float]:
+def track(video: ndarray, B: ndarray) -> ndarray:
     """How what is in front of B moves, whoever it is: what the middle one of the frames [F, SIZE, SIZE, 3] shows there
-    is looked for in all of them. Returns poses [F, 4] of that cut-out, and its root mean square radius in pixels."""
+    is looked for in all of them. Returns poses [F, 4] of that cut-out."""
     V, middle = halved(video), len(video) // 2
     D = np.square(V - B).sum(-1)[middle]
     front = box(D[..., None], 3) > EMPTY + 2 * np.median(D)
     front = box(front, 3) > 0.99  # without the rim, into which a background is mixed that stays where it is
     if front.sum() < 8:  # nothing there
-        return np.zeros((len(video), 4)), 0.0
+        return np.zeros((len(video), 4))
     rows, columns, _ = np.nonzero(front)
     y, x = int(2 * rows.mean() + 1), int(2 * columns.mean() + 1)
     alpha = front.repeat(2, 0).repeat(2, 1)
@@ -77,41 +77,41 @@ def track(video: ndarray, B: ndarray) -> tuple[ndarray, float]:
     cut[[0, -1]] = cut[:, [0, -1]] = 0  # place() repeats the border
     poses, _ = fit(cut, HALF, np.linspace(-0.5, 0.5, 6), np.arange(0, 360, 12), V, B)
     poses[:, 3] = np.degrees(np.unwrap(np.radians(poses[:, 3])))
-    return poses, 2 * np.sqrt(rows.var() + columns.var())
+    return poses
 
 
-def classify(path: ndarray) -> str:
-    """The motion of which the poses [F, 4] have the largest share of the usual amount; below a third, nothing moves."""
+def classify(path: ndarray) -> tuple[str, float]:
+    """The motion of which the poses [F, 4] have the largest share of the usual amount, and how much moves: that share, 1 at most,
+    times how much of the path it explains, as what tears from place to place does not move. Below a third, nothing moves."""
     path = path - path.mean(0)
     shares = {name: curve @ path[:, part] / amount / np.square(curve).sum()
               for name, (_, _, part, amount, curve) in MOTIONS.items() if amount}
     shares["spin"] = np.abs(shares["spin"])  # either way round
     best = max(shares, key=shares.get)
-    return best if shares[best] > 1 / 3 else "still"
+    _, _, part, _, curve = MOTIONS[best]
+    explained = np.square(curve @ path[:, part]) / max(np.square(curve).sum() * np.square(path[:, part]).sum(), 1e-9)
+    return best if shares[best] > 1 / 3 else "still", float(shares[best].clip(0, 1) * explained)
 
 
 def measure(video: ndarray, candidates: list[Subject], look: str) -> dict:
     """What a clip shows: uint8 [FRAMES, SIZE, SIZE, 3]; it may be blurred, noisy, or generated. Takes about a second.
 
     "identity": the candidate that fits best in the given look. "look": that in which the first candidate fits best.
-    "motion", "background". "movement": pixels per frame by which the subject moves, turns or grows (median).
+    "motion", "background". "movement": how much moves at all, as a share of the usual amount of that motion.
     """
     video = box(video, BLUR)
     V = halved(video)
     error = sum(np.square(frame - backdrops()).sum(-1).clip(max=BOUND).sum((-2, -1)) for frame in V)
     kind, shift = np.unravel_index(error.argmin(), error.shape)
     B = backdrops()[kind, shift]
-    path, radius = track(video, B)
-    step = np.diff(path, axis=0) * (1, 1, radius, np.radians(radius))
-    step[:, 2:] *= exp((path[1:, 2:3] + path[:-1, 2:3]) / 2)  # the radius grows and shrinks as well
+    motion, movement = classify(track(video, B))
     V = V[[0, len(V) // 2, -1]]  # three frames suffice for the rest
     explained = {(subject, dressed): fit(texture(subject, dressed, 13), REACH, np.linspace(-0.5, 0.25, 4),
                                          np.arange(0, 360, 30), V, B)[1].sum()
                  for subject in candidates for dressed in (LOOKS if subject == candidates[0] else [look])}
     return {"identity": max(candidates, key=lambda subject: explained[subject, look]),
             "look": max(LOOKS, key=lambda dressed: explained[candidates[0], dressed]),
-            "motion": classify(path), "background": list(BACKGROUNDS)[kind],
-            "movement": float(np.median(np.sqrt(np.square(step).sum(1))))}
+            "motion": motion, "movement": movement, "background": list(BACKGROUNDS)[kind]}
 
 
 def score(video: ndarray, scene: Scene, candidates: list[Subject]) -> dict[str, float]:
