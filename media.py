@@ -90,6 +90,15 @@ def fit(image: Image.Image, height: int, width: int, how: str) -> Image.Image:
     return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
 
 
+def fit_subject(picture: Image.Image, cut: bool, size: tuple[int, int], square: bool, how: str | None = None) -> tuple[Image.Image, str]:
+    """A subject's image as a model takes it, and how it was fitted: what is cut out is shown whole, a photograph fills the frame.
+
+    size: the video's height and width. square: for SUGAR, whose encoders resize a square to their own size.
+    """
+    how = how or ("pad" if cut or square else "crop")
+    return fit(picture, *((max(picture.size),) * 2 if square else size), how), how
+
+
 def image_to_tensor(image: Image.Image) -> Tensor:
     """[3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(on_white(image))).permute(2, 0, 1).float() / 127.5 - 1

@@ -199,14 +199,8 @@ def prepare_images(requests: list[Request], sampler: Sampler, settings: Settings
         elif sampler.kind == "sugar":
             warnings.append(f"warning: {request.image} has no transparency and neither --mask nor --subject is given: its "
                             f"background counts as part of the subject")
-        picture = request.cutout or request.source
-        if sampler.kind == "sugar":  # the encoders resize this square to their own size
-            height = width = max(picture.size)
-            request.fit = how or "pad"
-        else:
-            height, width = settings.height, settings.width
-            request.fit = how or ("pad" if request.cutout else "crop")
-        request.reference = media.fit(picture, height, width, request.fit)
+        request.reference, request.fit = media.fit_subject(request.cutout or request.source, request.cutout is not None,
+                                                           (settings.height, settings.width), sampler.kind == "sugar", how)
     for warning in warnings:
         print(warning, file=sys.stderr)
 

@@ -360,11 +360,10 @@ def build(args: argparse.Namespace) -> None:
         if not done.exists():
             print(f"{stage}:")
             STAGES[stage](builder)
-            ranks.wait()  # the next stage reads what the first rank has just written
-            done.parent.mkdir(parents=True, exist_ok=True)
             if ranks.first:
+                done.parent.mkdir(parents=True, exist_ok=True)
                 done.write_text(str(args.scale))
-            ranks.wait()
+            ranks.wait()  # the next stage reads what the first rank has just written
     print(f"wrote {args.out}")
 
 

@@ -32,8 +32,7 @@ class Subjects:
             image = media.open_image(request.image)
             mask = media.alpha_mask(image) if request.mask is None else media.open_mask(request.mask, image)
             cut = image if mask is None else media.cut_out(image, mask, request.image)
-            size = (max(cut.size),) * 2 if sugar else (clip.height, clip.width)
-            fitted = media.fit(cut, *size, "crop" if mask is None and not sugar else "pad")
+            fitted, _ = media.fit_subject(cut, mask is not None, (clip.height, clip.width), sugar)
             self.examples.append(Example(video, request.prompt, fitted, request.noun))
 
     def __len__(self) -> int:
