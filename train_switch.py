@@ -33,7 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_common(p)
     p.add_argument("--strategy", choices=["switch", "image-only", "two-stage", "video-only"], default="switch",
-                   help="Table 2; video-only is Table 3's base: no reference, no <cls>, p x steps (default: %(default)s)")
+                   help="Table 2; two-stage is two runs in a row; video-only is Table 3's base: no reference, no <cls>, p x steps (default: %(default)s)")
     p.add_argument("--p", type=float, default=0.2, help="probability of the video phase (default: %(default)s)")
     p.add_argument("--image-batch", type=int, default=32, help="the paper's is 256 (default: %(default)s)")
     p.add_argument("--video-batch", type=int, default=8, help="the paper's is 32 (default: %(default)s)")
@@ -57,14 +57,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def phase_of(step: int, args: argparse.Namespace) -> str:
+def runs_of(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """The runs, one after the other, each with an optimizer and a schedule of its own: a folder below --out, and its steps.
+    Two-stage has two, with as many steps of each phase as switching takes on average."""
+    if args.strategy != "two-stage":
+        return [("", args.steps)]
+    video = round(args.p * args.steps)
+    return [("image", args.steps - video), ("video", video)]
+
+
+def phase_of(step: int, args: argparse.Namespace, run: str = "") -> str:
     """Algorithm 1, "Sample u ~ U(0, 1); if u < p": "video" or "image". The same on every rank and in a resumed run."""
-    if args.strategy == "image-only":
-        return "image"
-    if args.strategy == "video-only":
-        return "video"
-    if args.strategy == "two-stage":  # as many steps of each as switching takes on average, one after the other
-        return "image" if step < round((1 - args.p) * args.steps) else "video"
+    if args.strategy in ("image-only", "video-only"):
+        return args.strategy.removesuffix("-only")
+    if run:
+        return run
     u = torch.rand((), generator=generator(args.seed, "switch", step)).item()
     return "video" if u < args.p else "image"
 
@@ -95,7 +102,7 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
     clip = clip_of(args, config)
     frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
     tokens = config.max_text_seq_length + (frames + 1) * h * w // config.patch_size**2  # the video phase, with a reference
-    phases = [phase_of(step, args) for step in range(args.steps)]
+    phases = [phase_of(step, args, name) for name, steps in runs_of(args) for step in range(steps)]
     samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
     print_plan(model, block, folder, tokens, max(args.image_batch, args.video_batch), samples, args, world)
 
@@ -137,10 +144,6 @@ def run(args: argparse.Namespace) -> None:
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute, args.compile)
     alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
 
-    def plan(step: int) -> tuple[str, int]:
-        phase = phase_of(step, args)
-        return phase, args.image_batch if phase == "image" else args.video_batch
-
     def loss_of(phase: str, positions: list[int]) -> Tensor:
         """L_img or L_vid (Switch eq. 4): v-prediction of X_out given X_in and C_T."""
         samples = zip(*(draw(streams[phase][position], generator(args.seed, phase, position), encoder.vae_config, args)
@@ -150,16 +153,24 @@ def run(args: argparse.Namespace) -> None:
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), reference=reference.to(dtype), **dropped)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
-    validation = Validation(model, encoder, alpha_bar, held_out, args.out, ranks, dtype, args.validate_count,
-                            with_reference=args.strategy != "video-only")
     if args.restart:
-        drop_earlier(ranks, args.out / "checkpoints")
-    state = train(model, options_of(args), ranks, plan, loss_of, validation, settings_of(args))
-    if state.step == args.steps:
-        tensors = distributed.full_state_dict(model, lambda key: ".lora_A." in key or ".lora_B." in key)
-        if ranks.first:
-            save_adapter(tensors, args.out, adapter)
-            print(f"wrote {args.out}/pytorch_lora_weights.safetensors: python sample.py --adapter {args.out} ...")
+        drop_earlier(ranks, *(args.out / name / "checkpoints" for name, _ in runs_of(args)))
+    for name, steps in runs_of(args):
+        out = args.out / name
+
+        def plan(step: int) -> tuple[str, int]:
+            phase = phase_of(step, args, name)
+            return phase, args.image_batch if phase == "image" else args.video_batch
+
+        validation = Validation(model, encoder, alpha_bar, held_out, out, ranks, dtype, args.validate_count,
+                                with_reference=args.strategy != "video-only")
+        state = train(model, options_of(args, out=out, steps=steps), ranks, plan, loss_of, validation, settings_of(args))
+        if state.step < steps:
+            return  # stopped by a signal
+    tensors = distributed.full_state_dict(model, lambda key: ".lora_A." in key or ".lora_B." in key)
+    if ranks.first:
+        save_adapter(tensors, args.out, adapter)
+        print(f"wrote {args.out}/pytorch_lora_weights.safetensors: python sample.py --adapter {args.out} ...")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,7 +94,7 @@ def settings_of(args: argparse.Namespace, **more) -> dict:
     """What makes a run what it is: the flags without those that change neither weights nor metrics (but for rounding, and for a
     LoRA's dropout, of which each micro-batch of each rank has its own)."""
     free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "restart", "max_skipped",
-            "validate_on", "recompute", "sequence_parallel", "plan", "gpu_memory", "rate"}
+            "validate_on", "broken", "recompute", "sequence_parallel", "plan", "gpu_memory", "rate"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 
@@ -174,6 +174,7 @@ class State:
     step: int = 0
     positions: dict[str, int] = field(default_factory=dict)  # samples taken from each stream of data
     skipped: int = 0
+    seconds: float = 0.0  # that training took, up to the checkpoint
 
 
 def generator(*key: int | str) -> torch.Generator:
@@ -216,7 +217,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         keep_metrics(metrics, state.step)
     stop = stop_on_signal()
     bar = tqdm(total=options.steps, initial=state.step, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    saved, clock, done = state.step, time.perf_counter(), 0
+    saved, clock, done, before = state.step, time.perf_counter(), 0, state.seconds
     while state.step < options.steps:
         stream, batch = plan(state.step)
         first = state.positions.get(stream, 0)
@@ -252,7 +253,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         state.positions[stream] = first + batch
         line = {"step": state.step, "stream": stream, "loss": loss, "lr": learning_rate(state.step, options),
                 "grad_norm": norm, "samples": sum(state.positions.values()), "skipped": state.skipped}
-        state.step, done = state.step + 1, done + batch
+        state.step, state.seconds, done = state.step + 1, before + time.perf_counter() - clock, done + batch
         if ranks.first:
             with metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

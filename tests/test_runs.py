@@ -165,9 +165,31 @@ def test_a_run_begun_anew_is_resumed_from_its_own_checkpoints(base, tmp_path):
     assert last_checkpoint(tmp_path / "run" / "checkpoints")[1]["settings"]["steps"] == 400
 
 
+def test_the_second_of_two_stages_has_a_schedule_of_its_own_and_goes_on_from_the_first(base, tmp_path):
+    """Else its learning rate would be what a cosine leaves at its end. Stopped in the second, resumed: the same bit for bit."""
+    arguments = SWITCH + " --strategy two-stage --steps 10 --warmup 1"
+    finish(start("train_switch.py", base, tmp_path / "whole", arguments))
+    rates, seen = {}, {}
+    for name, steps in (("image", 6), ("video", 4)):
+        lines = [json.loads(line) for line in (tmp_path / "whole" / name / "metrics.jsonl").read_text().splitlines()]
+        rates[name], seen[name] = [line["lr"] for line in lines], {line["stream"] for line in lines}
+        assert len(lines) == steps and max(rates[name]) == 0.01
+    assert seen == {"image": {"image"}, "video": {"video"}}
+    process = start("train_switch.py", base, tmp_path / "killed", arguments)
+    wait_for_steps(process, tmp_path / "killed" / "video", 1)
+    process.kill()
+    process.communicate()
+    finish(start("train_switch.py", base, tmp_path / "killed", arguments))
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+    first = load_file(next((tmp_path / "whole" / "image").glob("checkpoints/*6/*.safetensors")))
+    assert any(not torch.equal(first[f"model.{key.removeprefix('transformer.')}"], whole[key]) for key in whole
+               if f"model.{key.removeprefix('transformer.')}" in first)
+
+
 def test_what_is_later_than_this_run_goes_and_the_newest_stay(tmp_path):
     ranks, tensors = distributed.start("cpu"), {"model.x": torch.arange(6.0)}
-    state = {"positions": {}, "skipped": 0, "settings": {}}
+    state = {"positions": {}, "skipped": 0, "seconds": 0, "settings": {}}
     (tmp_path / "step-000009").mkdir()  # broken
     for step in (1, 2, 3):
         distributed.save_checkpoint(tmp_path, tensors, {**state, "step": step}, ranks, keep=2)
@@ -206,7 +228,7 @@ def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     ranks, tensors = distributed.start("cpu"), {"model.x": torch.arange(6.0)}
-    state = {"step": 1, "positions": {}, "skipped": 0, "settings": {}}
+    state = {"step": 1, "positions": {}, "skipped": 0, "seconds": 0, "settings": {}}
     distributed.save_checkpoint(tmp_path, tensors, state, ranks, keep=2)
 
     def full(tensors, name):

@@ -40,9 +40,13 @@ def test_the_switch_is_thrown_with_probability_p_and_by_number(seed):
 
 
 def test_strategies_of_switch():
-    phases = lambda more: [train_switch.phase_of(step, switch(f"--steps 10 --p 0.2 {more}")) for step in range(10)]
+    def phases(more):
+        args = switch(f"--steps 10 --p 0.2 {more}")
+        return [train_switch.phase_of(step, args, run) for run, steps in train_switch.runs_of(args) for step in range(steps)]
+
     assert phases("--strategy image-only") == ["image"] * 10 and phases("--strategy video-only") == ["video"] * 10
     assert phases("--strategy two-stage") == ["image"] * 8 + ["video"] * 2
+    assert train_switch.runs_of(switch("--steps 10")) == [("", 10)]
 
 
 def test_stages_of_sugar():
