@@ -5,9 +5,15 @@ Runs are told apart by what they were trained with, so ablations share those the
 is one training, below it a folder for each way to sample from it.
 """
 
+import argparse
+import fcntl
 import hashlib
 import json
+import os
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +25,11 @@ import figures
 import train_sugar
 import train_switch
 from checkpoint import BadInput
+from distributed import last_checkpoint
 from figures import Interval
 from media import save_image
 from scorers import TITLES
+from training import settings_of
 
 
 @dataclass(frozen=True)
@@ -34,29 +42,46 @@ class Variant:
 
 @dataclass(frozen=True)
 class Finding:
-    """The paper's claim, as an inequality between two rows: the mean of `score` is higher in `more` than in `less`."""
+    """The paper's claim, as an inequality between two rows: the mean of `score` is higher in `more` than in `less`.
+
+    at: compared where the two rows' lines have the same value of this score ("under the same level of identity").
+    margin: "without loss" of the score holds where `more` is not lower by this much.
+    """
 
     claim: str
     score: str
     more: str
     less: str
+    at: str = ""
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
 class Ablation:
+    """variants: the rows. control: the row that must know its subject, or nothing is judged. looks: do the texts ask for every look?
+    sweep: flags of sample.py, with each of which every row is sampled; they make it a line. picture: the scores of a scatter's axes;
+    without them there are bars. note: what a reader must know of it."""
+
     source: str
     method: str
     variants: dict[str, Variant]
     findings: tuple[Finding, ...]
-    picture: tuple[str, str] | None = None  # scores of a scatter's axes; else bars
-    looks: bool = False  # do the texts ask for every look?
+    control: str
+    picture: tuple[str, str] | None = None
+    looks: bool = False
+    sweep: tuple[str, ...] = ("",)
+    note: str = ""
 
 
-SCORES = ("identity", "motion", "background_exact", "look", "movement", "dino_i", "clip_i", "clip_t", "dynamic")
+SCORES = ("identity", "motion", "background_exact", "look", "movement", "dino_i", "clip_i", "clip_t", "dynamic", "subject", "background")
 SWITCH = Variant()
 P = {f"p = {p}": Variant(f"--p {p}") for p in (0.4, 0.6)}
-MIX = {f"Mix, p = {p}": Variant(f"--strategy mix --p {p}") for p in (0, 0.5, 1)}
-TSF = Variant("--strategy tsf")
+# The toy's guidance. Its networks are small: the paper's scales of 7.5 burn its colours.
+TEXT = 5
+SCALES = f"--omega-image 2.5 --omega-text {TEXT}"
+SWEEP = tuple(f"--omega-image {image} --omega-text {TEXT}" for image in (1, 2.5, 5))
+TSF, TSF_E = Variant("--strategy tsf", SCALES), Variant("--strategy tsf --design e", SCALES)
+MIX_E = {f"Mix, p = {p}": Variant(f"--strategy mix --p {p} --design e", SCALES) for p in (0, 0.5, 1)}
 
 ABLATIONS = {
     "switch-strategy": Ablation("Switch, Table 2", "switch", {
@@ -64,69 +89,85 @@ ABLATIONS = {
         Finding("trained on images only, the subject barely moves", "movement", "switching", "image-only"),
         Finding("two stages move more than switching", "movement", "two-stage", "switching"),
         Finding("switching keeps the identity better than images only (DINO-I)", "dino_i", "switching", "image-only"),
-        Finding("two stages forget the text (CLIP-T)", "clip_t", "switching", "two-stage"))),
+        Finding("two stages inflate the likeness (DINO-I)", "dino_i", "two-stage", "switching"),
+        Finding("two stages forget the subject (exact identity)", "identity", "switching", "two-stage"),
+        Finding("two stages forget the text (CLIP-T)", "clip_t", "switching", "two-stage")), "switching"),
     "switch-temporal": Ablation("Switch, Table 3, by exact motion in place of FVD", "switch", {
         "base on the videos": Variant("--strategy video-only"), "image-only": Variant("--strategy image-only"),
         "two-stage": Variant("--strategy two-stage"), "switching": SWITCH}, (
         Finding("switching models motion better than images only", "motion", "switching", "image-only"),
         Finding("switching models motion better than two stages", "motion", "switching", "two-stage"),
-        Finding("switching models motion better than the base on the videos", "motion", "switching", "base on the videos"))),
+        Finding("switching models motion better than the base on the videos", "motion", "switching", "base on the videos")), "switching",
+        note="The paper's protocol, from the first frame and by classes of motion, is `evaluate.py motion`."),
     "switch-frame": Ablation("Switch, Figure 6", "switch", {
         "first frame, no dropping": Variant("--reference-frame first --reference-drop 0"),
         "random frame, no dropping": Variant("--reference-drop 0"), "random frame, dropping": SWITCH}, (
         Finding("the first frame alone makes near-static videos", "movement", "random frame, dropping", "first frame, no dropping"),
         Finding("a random frame brings some of the motion back", "movement", "random frame, no dropping", "first frame, no dropping"),
-        Finding("the first frame alone inflates DINO-I", "dino_i", "first frame, no dropping", "random frame, dropping"))),
+        Finding("the first frame alone inflates DINO-I", "dino_i", "first frame, no dropping", "random frame, dropping"),
+        Finding("and CLIP-I", "clip_i", "first frame, no dropping", "random frame, dropping")), "random frame, dropping"),
     "switch-cls": Ablation("Switch, Table 5", "switch", {"without <cls>": Variant("--no-cls"), "with <cls>": SWITCH}, (
         Finding("<cls> helps the identity (DINO-I)", "dino_i", "with <cls>", "without <cls>"),
         Finding("<cls> helps the identity (exact)", "identity", "with <cls>", "without <cls>"),
         Finding("<cls> gives more motion", "movement", "with <cls>", "without <cls>"),
-        Finding("without it, the text is met a little better (CLIP-T)", "clip_t", "without <cls>", "with <cls>"))),
+        Finding("without it, the text is met a little better (CLIP-T)", "clip_t", "without <cls>", "with <cls>")), "with <cls>",
+        note="Every caption of the toy has the same noun, so <cls> says nothing that is not known: a weak test."),
     "switch-t2v": Ablation("Switch, Table 6", "switch", {"T2V": Variant("--reference-drop 1"), "I2V": SWITCH}, (
         Finding("I2V keeps the identity better (DINO-I)", "dino_i", "I2V", "T2V"),
         Finding("I2V moves more", "movement", "I2V", "T2V"),
-        Finding("T2V meets the text better (CLIP-T)", "clip_t", "T2V", "I2V"))),
+        Finding("T2V meets the text better (CLIP-T)", "clip_t", "T2V", "I2V")), "I2V"),
     "switch-videos": Ablation("Switch, Table 7, a tenth of its counts", "switch", {
         **{f"{n} videos": Variant(f"--videos {n}") for n in (100, 200, 300)}, "400 videos": SWITCH}, (
         Finding("four times the videos: better identity (DINO-I)", "dino_i", "400 videos", "100 videos"),
-        Finding("four times the videos: more motion", "movement", "400 videos", "100 videos"))),
+        Finding("four times the videos: more motion", "movement", "400 videos", "100 videos")), "400 videos"),
     "switch-p": Ablation("Switch, Table 8", "switch", {"p = 0": Variant("--strategy image-only"), "p = 0.2": SWITCH, **P}, (
         Finding("without video steps there is no motion", "movement", "p = 0.2", "p = 0"),
-        Finding("many video steps strengthen the identity (DINO-I)", "dino_i", "p = 0.6", "p = 0.2"))),
+        Finding("many video steps strengthen the identity (DINO-I)", "dino_i", "p = 0.6", "p = 0.2")), "p = 0.2"),
     "sugar-guidance": Ablation("SUGAR, Table 1", "sugar", {
-        f"scales {image:g} and {text:g}": Variant(TSF.train, f"--omega-image {image} --omega-text {text}")
-        for image, text in ((7.5, 7.5), (5, 7.5), (4, 7.5), (3, 7.5), (2.5, 7.5))}, (
-        Finding("a lower image scale meets the text better (CLIP-T)", "clip_t", "scales 2.5 and 7.5", "scales 7.5 and 7.5"),
-        Finding("a lower image scale moves more", "movement", "scales 2.5 and 7.5", "scales 7.5 and 7.5"),
-        Finding("a higher image scale keeps the identity better (DINO-I)", "dino_i", "scales 7.5 and 7.5", "scales 2.5 and 7.5")),
-        ("dino_i", "movement"), looks=True),
+        f"image {image:g}, text {text:g}": Variant(TSF.train, f"--omega-image {image} --omega-text {text}")
+        for image, text in ((TEXT, TEXT), (4, TEXT), (3, TEXT), (2.5, TEXT), (1, TEXT))}, (
+        Finding("a lower image scale meets the text better (CLIP-T)", "clip_t", f"image 1, text {TEXT}", f"image {TEXT}, text {TEXT}"),
+        Finding("a lower image scale moves more", "movement", f"image 1, text {TEXT}", f"image {TEXT}, text {TEXT}"),
+        Finding("a higher image scale keeps the identity better (DINO-I)", "dino_i", f"image {TEXT}, text {TEXT}",
+                f"image 1, text {TEXT}")), f"image 2.5, text {TEXT}", ("dino_i", "movement"), looks=True),
     "sugar-design": Ablation("SUGAR, Figure 5", "sugar", {
         f"design ({design})": Variant("--strategy mix --p 0.5" + f" --design {design}" * (design != "b")) for design in "abcde"}, (
         Finding("(a) never sees the subject (identity)", "identity", "design (b)", "design (a)"),
-        Finding("(b) meets the text better than (e) (CLIP-T)", "clip_t", "design (b)", "design (e)"),
-        Finding("(b) moves more than (e)", "movement", "design (b)", "design (e)"),
-        Finding("(b) moves more than (d)", "movement", "design (b)", "design (d)")), ("dino_i", "movement"), looks=True),
-    "sugar-design-tsf": Ablation("SUGAR, Figure 11", "sugar", {
-        "design (b), TSF": TSF, "design (e), TSF": Variant("--strategy tsf --design e")}, (
-        Finding("(b) moves more than (e)", "movement", "design (b), TSF", "design (e), TSF"),
-        Finding("(b) meets the text better than (e) (CLIP-T)", "clip_t", "design (b), TSF", "design (e), TSF")),
-        ("dino_i", "movement"), looks=True),
-    "sugar-strategy": Ablation("SUGAR, Figure 6", "sugar", {**MIX, "TS": Variant("--strategy ts"), "TSF": TSF}, (
+        Finding("in (b), where one frame sees the subject, its identity is not lost", "identity", "design (b)", "design (e)", margin=0.05),
+        *(Finding(f"at the same likeness (b) {what} than ({other})", score, "design (b)", f"design ({other})", at="dino_i")
+          for other in "cde" for what, score in (("moves more", "movement"), ("meets the text better (CLIP-T)", "clip_t")))),
+        "design (b)", ("dino_i", "movement"), looks=True, sweep=SWEEP),
+    "sugar-design-tsf": Ablation("SUGAR, Figure 11", "sugar", {"design (b), TSF": Variant(TSF.train), "design (e), TSF": Variant(TSF_E.train)}, (
+        Finding("at the same likeness (b) moves more than (e)", "movement", "design (b), TSF", "design (e), TSF", at="dino_i"),
+        Finding("at the same likeness (b) meets the text better than (e) (CLIP-T)", "clip_t", "design (b), TSF", "design (e), TSF",
+                at="dino_i")), "design (b), TSF", ("dino_i", "movement"), looks=True, sweep=SWEEP),
+    "sugar-strategy": Ablation("SUGAR, Figure 6", "sugar", {
+        **MIX_E, "TS": Variant("--strategy ts --design e", SCALES), "TSF": TSF_E}, (
         Finding("real videos alone cannot change the look", "look", "Mix, p = 0.5", "Mix, p = 0"),
+        Finding("real videos alone meet the text worse (CLIP-T)", "clip_t", "Mix, p = 0.5", "Mix, p = 0"),
+        Finding("synthetic videos in the mix cost motion", "movement", "Mix, p = 0", "Mix, p = 0.5"),
         Finding("synthetic videos alone hardly move", "movement", "Mix, p = 0", "Mix, p = 1"),
         Finding("two stages move more than mixing", "movement", "TS", "Mix, p = 0.5"),
         Finding("freezing the first half moves more than not", "movement", "TSF", "TS"),
-        Finding("TSF still changes the look", "look", "TSF", "Mix, p = 0")), ("look", "movement"), looks=True),
+        Finding("TSF moves no less than real videos alone", "movement", "TSF", "Mix, p = 0", margin=0.05),
+        Finding("TSF still changes the look", "look", "TSF", "Mix, p = 0")), "TSF", ("look", "movement"), looks=True,
+        note="Mix takes as many steps as the two stages together."),
     "sugar-synthetic": Ablation("SUGAR, Figure 7", "sugar", {
-        "TSF": TSF, "TSF-Image": Variant("--strategy tsf --synthetic image")}, (
-        Finding("synthetic videos, little as they move, beat synthetic images in motion", "movement", "TSF", "TSF-Image"),
-        Finding("and in the identity (DINO-I)", "dino_i", "TSF", "TSF-Image")), looks=True),
+        "TSF-Video": Variant(TSF_E.train), "TSF-Image": Variant("--strategy tsf --design e --synthetic image")}, (
+        Finding("synthetic videos meet the text better than synthetic images (CLIP-T)", "clip_t", "TSF-Video", "TSF-Image"),
+        Finding("and the asked look (exact)", "look", "TSF-Video", "TSF-Image"),
+        Finding("at the same subject consistency they move more", "movement", "TSF-Video", "TSF-Image", at="subject")),
+        "TSF-Video", ("subject", "movement"), looks=True, sweep=SWEEP),
     "sugar-drop": Ablation("SUGAR, Figure 9", "sugar", {
-        "nothing dropped": TSF, **{f"{what} dropped": Variant(TSF.train, f"--t-bar 900 --drop {what}") for what in
+        "nothing dropped": TSF, **{f"{what} dropped": Variant(TSF.train, f"{SCALES} --t-bar 900 --drop {what}") for what in
                                    ("dino", "clip", "both")},
-        "trained without dropping": Variant("--strategy tsf --drop-dino 0 --drop-clip 0")}, (
+        "trained without dropping": Variant("--strategy tsf --drop-dino 0 --drop-clip 0", SCALES)}, (
         Finding("dropping DINO early moves more", "movement", "dino dropped", "nothing dropped"),
-        Finding("dropping both loses the identity", "identity", "dino dropped", "both dropped")), looks=True),
+        Finding("without loss of identity", "identity", "dino dropped", "nothing dropped", margin=0.05),
+        Finding("or of what the text asks for", "look", "dino dropped", "nothing dropped", margin=0.05),
+        Finding("dropping both loses the identity", "identity", "dino dropped", "both dropped")), "nothing dropped",
+        ("identity", "movement"), looks=True,
+        note="A model trained without dropping has never seen its null embeddings, which guidance subtracts."),
 }
 QUICK = ("--steps 4 --micro-batch 4", {"switch": "--image-batch 4 --video-batch 2 --images 8 --videos 4",
                                        "sugar": "--batch 4 --real 4 --triplets 4"})
@@ -135,105 +176,202 @@ QUICK = ("--steps 4 --micro-batch 4", {"switch": "--image-batch 4 --video-batch 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def trained(method: str, variant: Variant, seed: int, args) -> tuple[Path, float]:
-    """The folder of a finished training, and the seconds it took; it is trained, or gone on with, where it is not there."""
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Ablations share their runs: another process waits until this one has finished with it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def digest(*what) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace, dict]:
+    """The trainer's arguments, and what its weights depend on but the seed."""
+    trainer, device = {"switch": train_switch, "sugar": train_sugar}[method], ["--device", args.device] if args.device else []
+    options = trainer.parse(["--model", str(args.model), "--seed", str(seed), "--validate-count", "0", *device, *flags.split()])
+    if method == "sugar" and options.strategy == "mix":
+        options.steps *= 2
+    weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in ("transformer", "vae", "text_encoder", "dino", "clip")))
+    settings = {name: value for name, value in settings_of(options).items() if name not in ("model", "seed")} | {"of": weights}
+    options.out = args.out / f"{method}-{digest(settings)}-{seed}"
+    return options, settings
+
+
+def trained(method: str, variant: Variant, seed: int, args) -> Path:
+    """The folder of a finished training; it is trained, or gone on with, where it is not there."""
     flags = f"{variant.train} {args.train}".strip()
     if args.quick:
         flags += f" {QUICK[0]} {QUICK[1][method]}"
-    made_of = checkpoint.fingerprint(checkpoint.part(args.model, "transformer"), checkpoint.part(args.model, "vae"))
-    digest = hashlib.sha256(f"{method} {made_of} {flags}".encode()).hexdigest()[:8]
-    out = args.out / f"{method}-{digest}-{seed}"
-    done = out / "done.json"
-    if not done.exists():
+    options, settings = parsed(method, flags, seed, args)
+    out, done = options.out, options.out / "done.json"
+    two = method == "sugar" and options.strategy != "mix"
+    # Trainings that differ in the second stage alone share the first.
+    of_first = {name: value for name, value in settings.items() if name not in ("strategy", "p", "synthetic")}
+    first = args.out / f"first-{digest(of_first)}-{seed}"
+    with locked(out):
+        if done.exists():
+            return out
         print(f"training {out.name}: {flags or 'the defaults'}, seed {seed}")
-        trainer, started = {"switch": train_switch, "sugar": train_sugar}[method], time.perf_counter()
-        trainer.run(trainer.parse(["--model", str(args.model), "--out", str(out), "--seed", str(seed), "--validate-count", "0",
-                                   *(["--device", args.device] if args.device else []), *flags.split()]))
+        if two and first.exists() and not (out / "real").exists():
+            shutil.copytree(first, out / "real" / "transformer")
+        {"switch": train_switch, "sugar": train_sugar}[method].run(options)
         if not ((out / "pytorch_lora_weights.safetensors").exists() or (out / "model_index.json").exists()):
             raise BadInput(f"The training {out} was stopped; the same command goes on from there.")
-        seconds = time.perf_counter() - started
+        with locked(first):
+            if two and not first.exists():
+                part = first.with_name(f".{first.name}-part")
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.copytree(out / "real" / "transformer", part)
+                part.rename(first)
+        ends = [last_checkpoint(folder)[1] for folder in out.rglob("checkpoints")]
         with checkpoint.replace_when_whole(done) as part:
-            part.write_text(json.dumps({"flags": flags, "seconds": seconds}) + "\n", encoding="utf-8")
-    return out, checkpoint.read_json(done)["seconds"]
+            part.write_text(json.dumps({"flags": flags, **{name: sum(end[name] for end in ends) for name in ("step", "seconds")}}) + "\n",
+                            encoding="utf-8")
+    return out
 
 
-def scored(ablation: Ablation, variant: Variant, seed: int, args) -> dict[str, float]:
-    """The mean of each score over the videos of one training, sampled one way."""
-    run, _ = trained(ablation.method, variant, seed, args)
-    way = f"{variant.sample} {'--looks' if ablation.looks else ''} {args.count} {args.sampling_steps}"
-    folder = run / f"videos-{hashlib.sha256(way.encode()).hexdigest()[:8]}"
+def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) -> tuple[dict[str, float], Path, float]:
+    """The mean of each score over the videos of one training, sampled one way; the training; and the seconds that a video took."""
+    run, way = trained(ablation.method, variant, seed, args), f"{variant.sample} {sweep}".split()
+    folder = run / f"videos-{digest(way, ablation.looks, args.count, args.sampling_steps)}"
     # The base that was only shown videos has no reference to be given.
     blind = ["--no-image"] if "video-only" in variant.train else []
     model = ["--model", str(args.model), "--adapter", str(run)] if ablation.method == "switch" else ["--model", str(run)]
-    summary = folder / "scores.json"
-    if not summary.exists():
-        steps = "2" if args.quick else str(args.sampling_steps)
-        device = ["--device", args.device] if args.device else []
-        if evaluate.main(["generate", "--out", str(folder), "--count", str(args.count), *(["--looks"] if ablation.looks else []), *blind,
-                          "--", *model, "--steps", steps, *device, *variant.sample.split()]):
-            raise BadInput(f"The videos of {folder} could not be made.")
-        if evaluate.main(["score", str(folder), "--own", str(args.model)]):
-            raise BadInput(f"The videos of {folder} could not be scored.")
-    return {name: of["mean"] for name, of in checkpoint.read_json(summary)["means"].items()}
+    device, took = ["--device", args.device] if args.device else [], folder / "took.json"
+    with locked(folder):
+        there, started = len(list(folder.glob("videos/*.mp4"))), time.perf_counter()
+        # Each seed has subjects, texts and noise of its own, the same for all rows.
+        status = evaluate.main(["generate", "--out", str(folder), "--count", str(args.count), "--seed", str(seed + 1),
+                                *(["--looks"] if ablation.looks else []), *blind, "--", *model,
+                                "--steps", "2" if args.quick else str(args.sampling_steps), *device, *way])
+        if status or evaluate.main(["score", str(folder), "--own", str(args.model), *device]):
+            raise BadInput(f"The videos of {folder} could not be made, or not be scored.")
+        if there < args.count:
+            took.write_text(json.dumps({"seconds": (time.perf_counter() - started) / (args.count - there)}), encoding="utf-8")
+        summary = checkpoint.read_json(folder / "scores.json")
+    if summary["unreadable"]:
+        raise BadInput(f"Some videos of {folder} cannot be scored ({checkpoint.some(sorted(summary['unreadable']))}): remove the folder.")
+    return {name: of["mean"] for name, of in summary["means"].items()}, run, checkpoint.read_json(took)["seconds"] if took.exists() else 0.0
 
 
 # --- statistics over seeds --------------------------------------------------------------------------------------------
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5%, by seeds
 FEWEST = 3  # seeds for a verdict
+KNOWN = 2 / 16  # the identity that the control must be above: twice chance
+Line = list[dict[str, float]]  # the scores of one row and seed, for each way to sample
 
 
-def over_seeds(values: list[float]) -> Interval:
-    """Mean and Student's 95% interval; of a single seed there is none."""
+def over_seeds(values: list[float], least: float = 0.0) -> Interval:
+    """Mean and Student's 95% interval, whose half is `least` at least; of a single seed there is none."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return float(values.mean()), float("nan"), float("nan")
-    half = STUDENT.get(len(values), STUDENT[10]) * values.std(ddof=1) / np.sqrt(len(values))
+    half = max(STUDENT.get(len(values), STUDENT[10]) * values.std(ddof=1) / np.sqrt(len(values)), least)
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
-def verdict(finding: Finding, results: dict[str, list[dict]], quick: bool) -> str:
-    """A line: the claim, the difference that was measured, seed by seed the same data, and whether it holds."""
-    pairs = zip(results[finding.more], results[finding.less])
-    mean, low, high = over_seeds([more[finding.score] - less[finding.score] for more, less in pairs])
-    if quick:
-        said = "no verdict (--quick)"
-    elif len(results[finding.more]) < FEWEST:
-        said = f"no verdict (fewer than {FEWEST} seeds)"
+def difference(finding: Finding, more: Line, less: Line) -> float:
+    """By how much one row is above the other, for one seed: the mean over their lines, or over the part of them in which they have
+    the same levels of another score. NaN where there is no such part, or no score."""
+    score = lambda line, name: np.array([np.nan if point.get(name) is None else point[name] for point in line], dtype=float)
+    if not finding.at:
+        return float(np.mean(score(more, finding.score) - score(less, finding.score)))
+    lines = []
+    for line in (more, less):
+        levels, values = score(line, finding.at), score(line, finding.score)
+        order = np.argsort(levels)
+        lines.append((levels[order], values[order]))
+    low, high = max(levels[0] for levels, _ in lines), min(levels[-1] for levels, _ in lines)
+    if not low <= high:
+        return float("nan")
+    common = np.linspace(low, high, 21)
+    one, two = (np.interp(common, *line) for line in lines)
+    return float(np.mean(one - two))
+
+
+def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
+    """Why nothing can be concluded; empty where something can."""
+    if args.quick:
+        return "--quick"
+    if args.seeds < FEWEST:
+        return f"fewer than {FEWEST} seeds"
+    given, usual = (parsed(ablation.method, flags, 0, args)[0].steps for flags in (args.train, ""))
+    if given < usual or args.count < 64 or args.sampling_steps < 25:
+        return f"fewer than {usual} steps, 64 videos or 25 steps of sampling"
+    _, low, _ = over_seeds([max(point["identity"] for point in line) for line in results[ablation.control]], 1 / args.count)
+    return "" if low > KNOWN else f"the control, {ablation.control!r}, does not know its subjects"
+
+
+def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason: str) -> str:
+    """A line: the claim, the difference that was measured, seed by seed the same data, and whether it holds. reason: why there is no
+    verdict. A score that is 0 or 1 for each of `count` videos is not known better than by one of them."""
+    differences = [difference(finding, more, less) for more, less in zip(results[finding.more], results[finding.less])]
+    coarse = finding.score in ("identity", "motion", "background_exact", "look", "dynamic")
+    mean, low, high = over_seeds(differences, coarse / count)
+    if not np.isfinite(mean):
+        said = f"no verdict (no common level of {TITLES[finding.at]})" if finding.at else "not measured"
+    elif reason:
+        said = f"no verdict ({reason})"
     else:
-        said = "holds" if low > 0 else "does not hold: the opposite was measured" if high < 0 else "undecided: the interval holds 0"
-    return (f"| {finding.claim} | {TITLES[finding.score]}: {finding.more} minus {finding.less} = {mean:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}] | {said} |")
+        low_enough, high_enough = low > -finding.margin, high < -finding.margin
+        said = "holds" if low_enough else "does not hold: the opposite was measured" if high_enough else "undecided"
+    where = f", at the same {TITLES[finding.at]}" if finding.at else ""
+    return (f"| {finding.claim} | {TITLES[finding.score]}: {finding.more} minus {finding.less}{where} = {mean:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}]{f', margin {finding.margin}' if finding.margin else ''} | {said} |")
 
 
 def ablate(args) -> None:
     """Trains, samples, scores; writes NAME.md and NAME.png."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("An ablation is one process: start several, of other names, beside each other; they share their runs.")
     ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.quick:
         args.out, args.count = args.out / "quick", 2
-    results = {label: [scored(ablation, variant, seed, args) for seed in seeds] for label, variant in ablation.variants.items()}
-    seconds = sum(trained(ablation.method, variant, seed, args)[1] for variant in {v.train: v for v in ablation.variants.values()}
-                  .values() for seed in seeds)
-    table = {label: {score: over_seeds([run[score] for run in runs]) for score in SCORES if score in runs[0]}
-             for label, runs in results.items()}
-    cell = lambda value: f"{value[0]:.3f}" + (f" [{value[1]:.3f}, {value[2]:.3f}]" if np.isfinite(value[1]) else "")
-    names = [score for score in SCORES if score in next(iter(table.values()))]
-    lines = [f"# {args.name}: {ablation.source}", "", f"{len(seeds)} seeds, {args.count} videos each; training took "
-             f"{seconds / 3600:.2f} hours in all.{' A quick try: the numbers mean nothing.' if args.quick else ''}", "",
-             "| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|",
-             *(f"| {label} | " + " | ".join(cell(row[name]) for name in names) + " |" for label, row in table.items()), "",
+    args.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[Line]] = {label: [] for label in ablation.variants}
+    runs, seconds = set(), []
+    for seed in seeds:
+        for label, variant in ablation.variants.items():
+            points = [scored(ablation, variant, sweep, seed, args) for sweep in ablation.sweep]
+            results[label].append([scores for scores, _, _ in points])
+            runs |= {run for _, run, _ in points}
+            seconds += [args.count * each for _, _, each in points]
+    path = write(args, ablation, results, [checkpoint.read_json(run / "done.json") for run in runs], sum(seconds))
+    print(f"\n{path.read_text()}\nwrote {path} and .png")
+
+
+def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[dict], seconds: float) -> Path:
+    """The table, the findings and the picture."""
+    names = [score for score in SCORES if score in next(iter(results.values()))[0][0]]
+    value = lambda point, name: float("nan") if point[name] is None else point[name]
+    table = {label: [{name: over_seeds([value(line[i], name) for line in lines]) for name in names} for i in range(len(ablation.sweep))]
+             for label, lines in results.items()}
+    cell = lambda interval: "not measured" if not np.isfinite(interval[0]) else f"{interval[0]:.3f}" + (
+        f" [{interval[1]:.3f}, {interval[2]:.3f}]" if np.isfinite(interval[1]) else "")
+    steps, trained_for = (sum(run[name] for run in runs) for name in ("step", "seconds"))
+    reason = no_verdict(ablation, results, args)
+    lines = [f"# {args.name}: {ablation.source}", "",
+             f"{len(next(iter(results.values())))} seeds, {args.count} videos each{f', trained with {args.train}' if args.train else ''}. "
+             f"{len(runs)} trainings, which ablations share: {steps:,} steps at {trained_for / max(steps, 1):.2f} s = {trained_for / 3600:.2f} "
+             f"hours. Videos, made and scored: {seconds / 3600:.2f} hours.{' A quick try: the numbers mean nothing.' * args.quick} "
+             f"{ablation.note}".rstrip(), "", "| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|",
+             *(f"| {' '.join([label, sweep]).strip()} | " + " | ".join(cell(row[name]) for name in names) + " |"
+               for label, rows in table.items() for sweep, row in zip(ablation.sweep, rows)), "",
              "| the paper's finding | measured | here |", "|---|---|---|",
-             *(verdict(finding, results, args.quick) for finding in ablation.findings)]
-    text = "\n".join(lines) + "\n"
+             *(verdict(finding, results, args.count, reason) for finding in ablation.findings)]
     with checkpoint.replace_when_whole(args.out / f"{args.name}.md") as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if ablation.picture:
         x, y = ablation.picture
-        picture = figures.scatter({label: [(row[x], row[y])] for label, row in table.items()}, TITLES[x], TITLES[y],
+        picture = figures.scatter({label: [(row[x], row[y]) for row in rows] for label, rows in table.items()}, TITLES[x], TITLES[y],
                                   f"{args.name} ({ablation.source})")
     else:
-        picture = figures.bars({TITLES[name]: {label: row[name] for label, row in table.items()} for name in names},
+        picture = figures.bars({TITLES[name]: {label: rows[0][name] for label, rows in table.items()} for name in names},
                                f"{args.name} ({ablation.source})")
     save_image(picture, args.out / f"{args.name}.png")
-    print(f"\n{text}\nwrote {args.out / args.name}.md and .png")
+    return args.out / f"{args.name}.md"

@@ -47,9 +47,12 @@ SETS = {  # which scores a paper prints, as a factor times the share, and its ro
         "VideoBooth": (0.493, 0.266, 0.173, 0.512, 0.938, 0.960), "DreamVideo": (0.376, 0.296, 0.213, 0.722, 0.875, 0.937),
         "Vidu-1.5": (0.654, 0.303, 0.237, 0.645, 0.928, 0.942), "T2I + DynamiCrafter": (0.660, 0.321, 0.260, 0.420, 0.970, 0.971),
         "T2I + CogVideoX": (0.642, 0.323, 0.264, 0.325, 0.969, 0.967),
-        "SUGAR, both scales 7.5": (0.742, 0.311, 0.250, 0.608, 0.979, 0.983),
-        "SUGAR, 7.5 and 5": (0.723, 0.318, 0.262, 0.687, 0.976, 0.981),
-        "SUGAR, 7.5 and 2.5": (0.664, 0.329, 0.275, 0.772, 0.962, 0.974)}),
+        "T2I + Runway Gen-3": (0.650, 0.326, 0.265, 0.522, 0.944, 0.950),
+        "T2I + Luma Dream Machine": (0.578, 0.320, 0.270, 0.634, 0.915, 0.935),
+        # The scale that falls, which the paper's table calls the text's and its text the image's.
+        "SUGAR, 7.5": (0.742, 0.311, 0.250, 0.608, 0.979, 0.983), "SUGAR, 5": (0.723, 0.318, 0.262, 0.687, 0.976, 0.981),
+        "SUGAR, 4": (0.708, 0.322, 0.267, 0.737, 0.972, 0.980), "SUGAR, 3": (0.684, 0.327, 0.273, 0.757, 0.970, 0.977),
+        "SUGAR, 2.5": (0.664, 0.329, 0.275, 0.772, 0.962, 0.974)}),
     "switch": (("smoothness", "dynamic", "clip_t", "clip_i", "dino_i"), 100, {  # Table 1
         "VideoBooth": (96.95, 51.67, 29.59, 66.06, 34.54), "OmniControl + I2V": (98.21, 51.67, 31.89, 72.58, 54.16),
         "BLIP + I2V": (97.53, 49.17, 28.19, 79.29, 56.58), "IP-Adapter + I2V": (97.21, 55.83, 26.97, 73.86, 45.18),
@@ -185,7 +188,7 @@ def score(args: argparse.Namespace) -> None:
                 file.flush()
         done = {row["name"]: done[keys[row["name"]]] for row in rows}
         tables[folder] = summarize(folder, rows, done, scorers, args.set)
-    print_table(tables, args.set, scorers)
+    print_table(tables, args.set)
 
 
 def key_of(folder: Path, row: dict, scorers: Scorers, args: argparse.Namespace) -> str:
@@ -198,7 +201,7 @@ def key_of(folder: Path, row: dict, scorers: Scorers, args: argparse.Namespace) 
 
 
 def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> dict:
-    """Scores, or the reason why there are none."""
+    """Scores, and why others are missing; or the reason why there are none."""
     subject = media.on_white(media.open_image(row["image"]))  # without it nothing can be compared
     try:
         file = folder / "videos" / f"{row['name']}.mp4"
@@ -207,21 +210,22 @@ def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> d
         return {"unreadable": str(error)}
     if len(frames) == 1:
         return {"unreadable": "it has one frame: neither motion nor consistency can be told"}
-    found = scorers(frames, fps or own, row["prompt"], subject)
+    found, without = scorers(frames, fps or own, row["prompt"], subject)
     if "toy" in row and frames.shape == (world.FRAMES, world.SIZE, world.SIZE, 3):
         found |= exact_scores(frames, *row["toy"])
-    return {"scores": found}
+    return {"scores": found, "without": without}
 
 
 def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Scorers, which: str) -> dict:
     """scores.json: each score's mean and 95% interval over the videos, whose it is, what was not measured and why."""
     lines = [done[row["name"]] for row in rows]
-    names = dict.fromkeys(name for line in lines for name in line.get("scores", {}))
-    means = {name: bootstrap([line["scores"].get(name, math.nan) for line in lines if "scores" in line]) for name in names}
-    counts = {name: sum(math.isfinite(line["scores"].get(name, math.nan)) for line in lines if "scores" in line) for name in names}
-    summary = {"videos": len(rows), "means": {name: {**dict(zip(("mean", "low", "high"), value)), "videos": counts[name]}
-                                              for name, value in means.items()},
-               "by": scorers.by, "not measured": scorers.missing,
+    means = {}
+    for name in dict.fromkeys(name for line in lines for name in line.get("scores", {})):
+        values = [line["scores"][name] for line in lines if name in line.get("scores", {})]
+        means[name] = {**dict(zip(("mean", "low", "high"), bootstrap(values))), "videos": len(values)}
+    without = {name: why for line in lines for name, why in line.get("without", {}).items() if name not in means}
+    summary = {"videos": len(rows), "means": means, "by": {name: by for name, by in scorers.by.items() if name not in without},
+               "not measured": scorers.missing | without,
                "unreadable": {line["name"]: line["unreadable"] for line in lines if "unreadable" in line}}
     with checkpoint.replace_when_whole(folder / "scores.json") as part:
         part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -241,7 +245,7 @@ def markdown(tables: dict[Path, dict], which: str) -> str:
         cells = []
         for name in names:
             found = summary["means"].get(name)
-            if found is None or not found["videos"]:
+            if found is None:
                 cells.append("not measured")
                 continue
             few = f" of {found['videos']}" if found["videos"] < summary["videos"] else ""
@@ -250,11 +254,11 @@ def markdown(tables: dict[Path, dict], which: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def print_table(tables: dict[Path, dict], which: str, scorers: Scorers) -> None:
+def print_table(tables: dict[Path, dict], which: str) -> None:
     print("\n" + markdown(tables, which))
-    for name, reason in scorers.missing.items():
+    for name, reason in {name: why for summary in tables.values() for name, why in summary["not measured"].items()}.items():
         print(f"not measured: {TITLES[name]}: {reason}")
-    for name, by in scorers.by.items():
+    for name, by in {name: by for summary in tables.values() for name, by in summary["by"].items()}.items():
         print(f"{TITLES[name]}: by {by}")
     for folder, summary in tables.items():
         for video, reason in summary["unreadable"].items():

@@ -137,8 +137,12 @@ def motion(args: argparse.Namespace) -> None:
     if network is not None:
         by, features = "FVD, by I3D", lambda videos: fvd_features(videos, network, ranks.device)
     else:
-        by = f"Frechet distance of {model}'s own DINO features of frames: no --i3d"
-        features = lambda videos: torch.cat([likeness.features([Image.fromarray(frame) for frame in video]).cpu() for video in videos])
+        by = f"Frechet distance of {model}'s own DINO features of consecutive frames, two by two: no --i3d"
+
+        def features(videos):
+            """[N, 2D]: of single frames alone, the order would not count."""
+            of = [likeness.features([Image.fromarray(frame) for frame in video]).cpu() for video in videos]
+            return torch.cat([torch.cat([each[:-1], each[1:]], dim=1) for each in of])
     rows = {}
     for name in CLASSES:
         of_class = [item for item in chosen if item["class"] == name]

@@ -218,15 +218,14 @@ class Scorers:
             self.try_to(("subject",), names["dino-b16"], lambda: self.use_dino("subject", names["dino-b16"]))
             self.try_to(("dino_i",), names["dino-s16"], lambda: self.use_dino("dino", names["dino-s16"]))
             self.try_to(("clip_i", "clip_t", "background"), names["clip-b32"], lambda: self.use_clip(names["clip-b32"]))
-        flow = Flow(raft, device)
-        self.of["flow"], self.by["dynamic"] = lambda frames: flow_magnitude(frames, flow), flow.name
+        self.try_to(("dynamic",), "flow", lambda: self.use_flow(raft))
         self.try_to(("smoothness",), "AMT-S", lambda: self.use_amt(amt))
         self.try_to(("viclip",), "ViCLIP", lambda: self.use_viclip(viclip))
 
-    def try_to(self, scores: tuple[str, ...], by: str, use: Callable[[], None]) -> None:
-        """Loads a network, or notes what is missing and goes on."""
+    def try_to(self, scores: tuple[str, ...], by: str, use: Callable[[], str | None]) -> None:
+        """Loads a network, which may say by what name, or notes what is missing and goes on."""
         try:
-            use()
+            by = use() or by
         except checkpoint.BadInput as error:
             self.missing |= {score: str(error) for score in scores}
         else:
@@ -241,6 +240,11 @@ class Scorers:
         clip = CLIP(name, self.device)
         self.of |= {"clip": lambda images: clip(pictures(images, clip.side)), "text": clip.text,
                     "background": lambda frames: clip(centre(resized(frames, clip.side, "bicubic"), clip.side))}
+
+    def use_flow(self, weights: Path | None) -> str:
+        flow = Flow(weights, self.device)
+        self.of["dynamic"] = lambda frames, fps: moves(frames, fps, lambda shown: flow_magnitude(shown, flow))
+        return flow.name
 
     def use_amt(self, weights: Path | None) -> None:
         from amt import load_amt, motion_smoothness
@@ -258,18 +262,16 @@ class Scorers:
         network = load_viclip(weights).to(self.device)
         self.of["viclip"] = network.overall_consistency
 
-    @staticmethod
-    def unless_small(score: Callable[[], float]) -> float:
-        """NaN where a network cannot take the video: RAFT and AMT-S need frames of 128 pixels, AMT-S three of them."""
-        try:
-            return score()
-        except checkpoint.BadInput:
-            return float("nan")
-
-    def __call__(self, frames: np.ndarray, fps: float, text: str, subject: Image.Image | None) -> dict[str, float]:
-        """The scores of one video: cosines, and shares of 1."""
-        of, found, images = self.of, {}, [Image.fromarray(frame) for frame in frames]
-        found["dynamic"] = self.unless_small(lambda: moves(frames, fps, of["flow"]))
+    def __call__(self, frames: np.ndarray, fps: float, text: str, subject: Image.Image | None) -> tuple[dict[str, float], dict[str, str]]:
+        """The scores of one video, cosines and shares of 1; and why others were not measured: RAFT and AMT-S need frames of 128
+        pixels, AMT-S three of them."""
+        of, found, without, images = self.of, {}, {}, [Image.fromarray(frame) for frame in frames]
+        for name, given in (("dynamic", (frames, fps)), ("smoothness", (frames,))):
+            if name in of:
+                try:
+                    found[name] = of[name](*given)
+                except checkpoint.BadInput as error:
+                    without[name] = str(error)
         for part in ("subject", "background"):
             if part in of:
                 found[part] = consistency(of[part](frames))
@@ -280,8 +282,6 @@ class Scorers:
             found["clip_t"] = (many @ of["text"](text)).mean().item()
             if subject is not None:
                 found["clip_i"] = (many @ of["clip"]([subject])[0]).mean().item()
-        if "smoothness" in of:
-            found["smoothness"] = self.unless_small(lambda: of["smoothness"](frames))
         if "viclip" in of:
             found["viclip"] = of["viclip"](frames, text)
-        return found
+        return found, without

@@ -1,6 +1,7 @@
 """The papers' ablations: every flag is known, every finding speaks of rows that there are, and verdicts follow from numbers."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,12 @@ def test_flags_and_findings_are_known(name):
     ablation = ABLATIONS[name]
     for variant in ablation.variants.values():
         {"switch": train_switch, "sugar": train_sugar}[ablation.method].parse(variant.train.split())
-        sample.parse(["--prompt", "a", *variant.sample.split()])
+        for sweep in ablation.sweep:
+            sample.parse(["--prompt", "a", *variant.sample.split(), *sweep.split()])
+    assert ablation.control in ablation.variants
     for finding in ablation.findings:
         assert {finding.more, finding.less} <= ablation.variants.keys() and finding.more != finding.less
-        assert finding.score in ablations.SCORES
+        assert finding.score in ablations.SCORES and finding.at in ("", *ablations.SCORES) and (not finding.at or len(ablation.sweep) > 1)
     assert len({(v.train, v.sample) for v in ablation.variants.values()}) == len(ablation.variants)
 
 
@@ -32,38 +35,96 @@ def test_both_papers_tables_and_figures_are_there():
     assert all(f"Table {n}" in sources for n in (1, 2, 3, 5, 6, 7, 8)) and all(f"Figure {n}" in sources for n in (5, 6, 7, 9, 11))
 
 
+def test_figures_6_and_7_of_sugar_have_the_design_that_the_paper_names():
+    for name in ("sugar-strategy", "sugar-synthetic"):  # "we use the simplest attention design, which is design (e)"
+        assert all("--design e" in variant.train for variant in ABLATIONS[name].variants.values())
+
+
 def test_students_interval():
     mean, low, high = over_seeds([1.0, 2.0, 3.0])
     assert mean == 2 and high - mean == pytest.approx(4.3027 / np.sqrt(3), rel=1e-3) and mean - low == pytest.approx(high - mean)
     assert np.isnan(over_seeds([1.0])[1])
 
 
-@pytest.mark.parametrize("differences,said", [((0.2, 0.21, 0.19), "holds"), ((-0.2, -0.21, -0.19), "does not hold"),
-                                              ((0.2, -0.2, 0.1), "undecided"), ((0.3, 0.3), "no verdict (fewer than 3 seeds)")])
-def test_a_verdict_is_about_differences_seed_by_seed(differences, said):
+@pytest.mark.parametrize("differences,margin,said", [
+    ((0.2, 0.21, 0.19), 0, "holds"), ((-0.2, -0.21, -0.19), 0, "does not hold: the opposite"), ((0.2, -0.2, 0.1), 0, "undecided"),
+    ((-0.02, -0.021, -0.019), 0.05, "holds"), ((-0.08, -0.081, -0.079), 0.05, "does not hold: the opposite"),
+    ((1 / 64, 1 / 64, 1 / 64), 0, "undecided")])  # one video of each 64, three times over
+def test_a_verdict_is_about_differences_seed_by_seed(differences, margin, said):
     base = np.random.default_rng(0).normal(0, 5, len(differences))  # seeds differ by far more than the rows do
-    results = {"a": [{"look": b + d} for b, d in zip(base, differences)], "b": [{"look": b} for b in base]}
-    line = verdict(Finding("a claim", "look", "a", "b"), results, quick=False)
+    results = {"a": [[{"look": b + d}] for b, d in zip(base, differences)], "b": [[{"look": b}] for b in base]}
+    finding = Finding("a claim", "look", "a", "b", margin=margin)
+    line = verdict(finding, results, 64, "")
     assert f"| {said}" in line and f"{np.mean(differences):+.3f}" in line
-    assert "no verdict (--quick)" in verdict(Finding("a claim", "look", "a", "b"), results, quick=True)
+    assert "no verdict (a reason)" in verdict(finding, results, 64, "a reason")
 
 
-def test_a_quick_ablation_runs_and_runs_are_shared(tmp_path, monkeypatch, capsys):
+def test_lines_are_compared_at_the_same_level(seed):
+    """Two lines of known shape, one 0.3 above the other, at levels that hardly overlap: their plain means say the opposite."""
+    shape = lambda level: 1 - 2 * level
+    line = lambda levels, above: [{"dino_i": level, "movement": shape(level) + above} for level in np.random.default_rng(seed).permutation(levels)]
+    more, less = line([0.5, 0.7, 0.9], 0.3), line([0.1, 0.4, 0.6], 0.0)
+    assert ablations.difference(Finding("", "movement", "a", "b", at="dino_i"), more, less) == pytest.approx(0.3)
+    assert ablations.difference(Finding("", "movement", "a", "b"), more, less) < 0
+    apart = Finding("a claim", "movement", "a", "b", at="dino_i")
+    far = line([0.95, 0.99], 0.0)
+    assert np.isnan(ablations.difference(apart, far, less))
+    assert "no verdict (no common level of DINO-I)" in verdict(apart, {"a": [far] * 3, "b": [less] * 3}, 64, "")
+    assert "not measured" in verdict(Finding("", "clip_t", "a", "b"), {"a": [[{"clip_t": None}]] * 3, "b": [[{}]] * 3}, 64, "")
+
+
+def test_a_short_run_or_one_that_has_learnt_nobody_gives_no_verdict(tmp_path):
     toy_networks.init(tmp_path / "toy")
-    capsys.readouterr()
-    command = ["ablate", "switch-cls", "--quick", "--model", str(tmp_path / "toy"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert evaluate.main(command) == 0
-    text = (tmp_path / "out" / "quick" / "switch-cls.md").read_text()
-    assert "| without <cls> | " in text and text.count("no verdict (--quick)") == 4 and "mean nothing" in text
-    assert (tmp_path / "out" / "quick" / "switch-cls.png").exists()
-    runs = [json.loads(file.read_text())["flags"] for file in (tmp_path / "out" / "quick").glob("switch-*/done.json")]
+    usual = {"count": 64, "sampling_steps": 25, "seeds": 3, "quick": False, "train": "", "model": tmp_path / "toy", "out": tmp_path, "device": None}
+    reason = lambda identity=0.5, **more: ablations.no_verdict(
+        ABLATIONS["switch-cls"], {"with <cls>": [[{"identity": identity}]] * 3}, SimpleNamespace(**usual | more))
+    assert reason() == "" and reason(train="--steps 5000") == ""
+    assert "fewer than 3 seeds" in reason(seeds=2) and "--quick" in reason(quick=True)
+    assert all("fewer than 2000 steps" in reason(**less) for less in ({"count": 63}, {"sampling_steps": 24}, {"train": "--steps 1"}))
+    assert "does not know its subjects" in reason(2 / 16) and "does not know" not in reason(0.2)
+
+
+def test_what_a_run_depends_on_tells_it_apart(tmp_path):
+    toy_networks.init(tmp_path / "toy")
+    args = SimpleNamespace(model=tmp_path / "toy", out=tmp_path, device=None)
+    name = lambda flags: ablations.parsed("sugar", flags, 0, args)[0].out
+    assert name("--p 0.5 --strategy tsf") == name("--strategy tsf") != name("--strategy ts")
+    mixed, staged = (ablations.parsed("sugar", f"--strategy {strategy}", 0, args)[0] for strategy in ("mix", "tsf"))
+    assert mixed.steps == 2 * staged.steps  # which has two stages
+    before = name("")
+    file = tmp_path / "toy" / "dino" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 + 8] ^= 1
+    file.write_bytes(content)
+    assert name("") != before  # SUGAR is trained on DINO's tokens
+
+
+def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys):
+    toy_networks.init(tmp_path / "toy")
+    command = lambda name: ["ablate", name, "--quick", "--model", str(tmp_path / "toy"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert evaluate.main(command("switch-cls")) == 0
+    out = tmp_path / "out" / "quick"
+    text = (out / "switch-cls.md").read_text()
+    assert "| without <cls> | " in text and text.count("no verdict (--quick)") == 4 and "mean nothing" in text and "8 steps at" in text
+    assert (out / "switch-cls.png").exists()
+    runs = [json.loads(file.read_text())["flags"] for file in out.glob("switch-*/done.json")]
     assert len(runs) == 2 and any(flags.startswith("--no-cls") for flags in runs)
+    # Two designs of two stages, each sampled in several ways; then another second stage of one of them.
+    assert evaluate.main(command("sugar-synthetic")) == 0
+    text = (out / "sugar-synthetic.md").read_text()
+    assert text.count("| TSF-Video --omega-image") == 3 and "at the same Subject consistency" in text
+    assert len(list(out.glob("first-*"))) == 1 and len(list(out.glob("sugar-*/real/checkpoints"))) == 1  # trained once, for both
     # Once more: nothing is trained or sampled again. What another ablation needs as well is there.
-    monkeypatch.setattr(train_switch, "run", lambda args: pytest.fail("it trained again"))
-    assert evaluate.main(command) == 0
-    args = evaluate.parse(command)
-    args.out, args.count = args.out / "quick", 2
-    assert ablations.trained("switch", ABLATIONS["switch-t2v"].variants["I2V"], 0, args)[1] > 0
+    for trainer in (train_switch, train_sugar):
+        monkeypatch.setattr(trainer, "run", lambda args: pytest.fail("it trained again"))
+    made = {file: file.stat().st_mtime_ns for file in out.glob("*/videos-*/videos/*.mp4")}
+    assert evaluate.main(command("switch-cls")) == 0 and evaluate.main(command("sugar-synthetic")) == 0
+    assert made == {file: file.stat().st_mtime_ns for file in out.glob("*/videos-*/videos/*.mp4")}
+    args = evaluate.parse(command("switch-t2v"))
+    args.out, args.count = out, 2
+    assert ablations.trained("switch", ABLATIONS["switch-t2v"].variants["I2V"], 0, args).is_dir()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate.main(command("switch-cls")) == 2
 
 
 def test_an_unknown_ablation_lists_them(capsys):

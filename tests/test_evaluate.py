@@ -230,7 +230,9 @@ def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
     found = Scorers()
     assert found.missing.keys() == {"dino_i", "clip_i", "clip_t", "subject", "background", "smoothness", "viclip"}
     assert "facebook/dino-vits16 is not here" in found.missing["dino_i"] and "licence" in found.missing["smoothness"]
-    assert found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == {"dynamic": 0}
+    missing = Scorers(raft=Path("no.pth")).missing
+    assert "no.pth" in missing["dynamic"]
+    assert found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == ({"dynamic": 0}, {})
 
 
 def test_bad_input(base, tmp_path, capsys):
