@@ -192,7 +192,7 @@ TITLES = {  # a score's name, and what tables call it; higher is better for all 
     "dino_i": "DINO-I", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "viclip": "ViCLIP", "dynamic": "Dynamic degree",
     "smoothness": "Motion smoothness", "subject": "Subject consistency", "background": "Background consistency",
     "identity": "identity (exact)", "motion": "motion (exact)", "background_exact": "background (exact)", "look": "look (exact)",
-    "movement": "pixels moved (exact)",
+    "movement": "movement (exact)",
 }
 
 
