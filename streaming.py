@@ -1,11 +1,29 @@
 """A network larger than the device: its blocks stay in host memory, each comes to the device for its own forward pass, and the
-next one is on its way meanwhile. Two blocks are there at a time."""
+next one is on its way meanwhile. The device has room for two of them, which they take in turn."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+ALIGN = 256  # bytes: where in a block's memory a tensor may begin, as torch's own allocator has it
+
+
+class Queue:
+    """What a device does one after the other: a CUDA stream. On a CPU all is done at once, and nothing waits."""
+
+    def __init__(self, stream: torch.cuda.Stream | None):
+        self.stream = stream
+
+    def mark(self) -> torch.cuda.Event | None:
+        """All that is queued so far, for another queue to wait for."""
+        return self.stream.record_event() if self.stream else None
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        if self.stream:
+            self.stream.wait_event(mark)
 
 
 @contextmanager
@@ -13,57 +31,75 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
     """The network, ready to run on `device` for as long as the block lasts, with the weights of `blocks` streamed in the order in
     which they stand. Afterwards everything is in host memory again. On a GPU the copies run beside the computation."""
     cuda = device.type == "cuda"
+    compute = Queue(torch.cuda.current_stream(device) if cuda else None)
+    copies = Queue(torch.cuda.Stream(device) if cuda else None)
     tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
-    # Copies that run beside something else need memory that the operating system cannot move.
-    host = [[tensor.data.pin_memory() if cuda else tensor.data for tensor in part] for part in tensors]
     inside = {id(tensor) for part in tensors for tensor in part}
     others = [tensor for tensor in (*network.parameters(), *network.buffers()) if id(tensor) not in inside]
     at_home = [tensor.data for tensor in others]
-    side, ready, here = torch.cuda.Stream(device) if cuda else None, {}, set()
+
+    sizes = [sum(map(padded, part)) for part in tensors]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    host = memory.split(sizes)  # the tensors of a block behind one another, so that a single copy moves them
+    homes = [views(flat, part) for flat, part in zip(host, tensors)]
+    for tensor, home in zip(sum(tensors, []), sum(homes, [])):
+        tensor.data = home.copy_(tensor.data)  # and the memory where it was is free again
+    if cuda:  # Copies that run beside something else need memory that the system cannot move. pin_memory() would round it up to 2^n.
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    rooms, left, arrived, here = [], [None, None], [None, None], {}  # here: for each block on the device, the room that it is in
 
     def fetch(i: int) -> None:
         if i in here:
             return
-        if cuda:
-            side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # of None: no other stream
-            for tensor, home in zip(tensors[i], host[i]):
-                tensor.data = torch.empty_like(home, device=device).copy_(home, non_blocking=True)
-            if cuda:
-                ready[i] = side.record_event()
-        here.add(i)
+        room = min({0, 1} - {*here.values()})
+        copies.wait(left[room])  # the block that was there is computed
+        with torch.cuda.stream(copies.stream):  # of None: no other stream
+            rooms[room][: sizes[i]].copy_(host[i], non_blocking=True)
+        arrived[room] = copies.mark()
+        for tensor, there in zip(tensors[i], views(rooms[room], tensors[i])):
+            tensor.data = there
+        here[i] = room
+
+    def leave(i: int) -> None:
+        left[here.pop(i)] = compute.mark()
+        for tensor, home in zip(tensors[i], homes[i]):
+            tensor.data = home
 
     def before(i: int) -> None:
-        for other in here - {i, (i + 1) % len(blocks)}:  # left behind by a pass that failed
-            after(other)
+        following = (i + 1) % len(blocks)  # after the last block the first one, for the next step
+        for other in here.keys() - {i, following}:  # left behind by a pass that failed
+            leave(other)
         fetch(i)
-        fetch((i + 1) % len(blocks))  # after the last block the first one, for the next step
-        if cuda:
-            torch.cuda.current_stream(device).wait_event(ready[i])
-
-    def after(i: int) -> None:
-        here.discard(i)
-        for tensor, home in zip(tensors[i], host[i]):
-            if cuda:  # its memory is free for others only when the block has been computed
-                tensor.data.record_stream(torch.cuda.current_stream(device))
-            tensor.data = home
+        fetch(following)
+        compute.wait(arrived[here[i]])
 
     handles = [handle for i, block in enumerate(blocks) for handle in (
         block.register_forward_pre_hook(lambda module, args, i=i: before(i)),
-        block.register_forward_hook(lambda module, args, out, i=i: after(i)))]
+        block.register_forward_hook(lambda module, args, out, i=i: leave(i)))]
     try:
+        rooms += [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in blocks[:2]]
+        left[:] = [compute.mark()] * 2  # work that may still read what was in this memory
         for tensor in others:
             tensor.data = tensor.data.to(device)
         yield network
     finally:
         for handle in handles:
             handle.remove()
-        for tensor, home in zip(others, at_home):
+        for tensor, home in zip(others + sum(tensors, []), at_home + sum(homes, [])):
             tensor.data = home
-        for i in list(here):
-            after(i)
-        for tensor, home in zip(sum(tensors, []), sum(host, [])):  # also of a block whose way here failed
-            tensor.data = home
+        if cuda:
+            copies.stream.synchronize()
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+
+
+def padded(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // ALIGN) * ALIGN
+
+
+def views(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """The bytes of `flat` as tensors of the types and shapes of those given, one behind the other."""
+    starts = accumulate(map(padded, tensors), initial=0)
+    return [flat[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape) for tensor, start in zip(tensors, starts)]
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

@@ -6,73 +6,133 @@ import pytest
 import torch
 from cli import FOX, SMALL, frames_of, run
 from conftest import TINY, randomize
+from torch import nn
 
+import streaming
 from model import Config, Transformer
-from streaming import blocks_of, streamed
+from streaming import ALIGN, blocks_of, padded, streamed, views
+
+CPU = torch.device("cpu")
+
+
+def pointers(network: nn.Module) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
-def test_streamed_is_plain_with_two_blocks_at_a_time(layers, seed):
+def test_streamed_is_plain_with_two_blocks_at_a_time(layers):
     model = randomize(Transformer(Config(**{**TINY, "num_layers": layers}))).eval()
-    inputs = torch.randn(2, 3, 16, 12, 18), torch.tensor([5, 900]), torch.randn(2, 10, 32)
-    homes = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
-    inside = {name: pointer for name, pointer in homes.items() if name.startswith("transformer_blocks.")}
+    inputs, homes, seen = (torch.randn(2, 3, 16, 12, 18), torch.tensor([5, 900]), torch.randn(2, 10, 32)), {}, []
 
-    def there() -> set[str]:
-        return {name.split(".")[1] for name, tensor in model.named_parameters() if name in inside and tensor.data_ptr() != inside[name]}
+    def there() -> set[int]:
+        return {int(name.split(".")[1]) for name, pointer in pointers(model).items()
+                if name.startswith("transformer_blocks.") and pointer != homes[name]}
 
-    seen = []
-    for block in model.transformer_blocks:
-        block.norm2.register_forward_pre_hook(lambda *_: seen.append(there()))
     with torch.no_grad():
         plain = model(*inputs)
-        seen.clear()
-        with streamed(model, blocks_of(model), torch.device("cpu")):
+        with streamed(model, blocks_of(model), CPU):
+            homes.update(pointers(model))
+            for block in model.transformer_blocks:
+                block.norm2.register_forward_pre_hook(lambda *_: seen.append(there()))
             assert all(torch.equal(model(*inputs), plain) for _ in range(2))
-    assert len(seen) == 2 * layers and max(map(len, seen)) == min(layers, 2)
-    assert all({str(i % layers), str((i + 1) % layers)} == found for i, found in enumerate(seen))
-    assert homes == {name: tensor.data_ptr() for name, tensor in model.named_parameters()}  # all is where it was
+        assert seen == [{i % layers, (i + 1) % layers} for i in range(2 * layers)]
+        assert homes == pointers(model)  # all is at home again
+        seen.clear()
+        assert torch.equal(model(*inputs), plain) and seen == layers * [set()]
+
+
+class Odd(nn.Module):
+    """Adds up tensors of any type and shape."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        super().__init__()
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"tensor_{i}", tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + sum((tensor.double().sum() for tensor in self.buffers()), torch.zeros(()))
+
+
+def test_blocks_that_differ_in_tensors_types_and_shapes():
+    odd = [torch.randn(3, 5), torch.randn(()).bfloat16(), torch.arange(7, dtype=torch.uint8), torch.rand(2, 2, 33).double(),
+           torch.tensor([True, False, True]), torch.empty(0, 4), torch.randn(130).half()]
+    network = nn.Sequential(Odd(*odd), nn.Linear(6, 6), Odd(*reversed(odd)), Odd(odd[0]), nn.Identity())
+    x = torch.randn(4, 6)
+    flat = torch.zeros(sum(map(padded, odd)), dtype=torch.uint8)
+    for tensor, view in zip(odd, views(flat, odd), strict=True):
+        assert (view.dtype, view.shape) == (tensor.dtype, tensor.shape)
+        assert tensor.numel() == 0 or (view.data_ptr() - flat.data_ptr()) % ALIGN == 0
     with torch.no_grad():
-        assert torch.equal(model(*inputs), plain)
+        plain = network(x)
+        with streamed(network, list(network), CPU):
+            assert torch.equal(network(x), plain) and torch.equal(network(x), plain)
+        assert torch.equal(network(x), plain)
+
+
+def test_a_room_is_filled_when_its_last_block_is_computed_and_used_when_it_is_filled(monkeypatch):
+    """On a GPU both queues run behind the program that fills them: what they wait for keeps them in order."""
+    model, queues, ran, waited = Transformer(Config(**{**TINY, "num_layers": 3})).eval(), [], [], []
+
+    class Watched(streaming.Queue):
+        """Marks count what was done: passes of a block on one queue, copies on the other."""
+
+        def __init__(self, stream):
+            super().__init__(stream)
+            queues.append(self)
+            self.copied = self.heard = 0
+
+        def mark(self) -> int:
+            if self is queues[0]:
+                return len(ran)
+            assert self.heard >= self.copied - 1  # two blocks before this one have left the room
+            self.copied += 1
+            return self.copied
+
+        def wait(self, mark: int) -> None:
+            self.heard = mark
+
+    monkeypatch.setattr(streaming, "Queue", Watched)
+    for i, block in enumerate(model.transformer_blocks):
+        block.norm1.register_forward_pre_hook(lambda *_: waited.append(queues[0].heard))
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    with torch.no_grad(), streamed(model, blocks_of(model), CPU):
+        for _ in range(3):
+            model(torch.randn(1, 3, 16, 12, 18), torch.tensor([5]), torch.randn(1, 10, 32))
+    assert ran == 3 * [0, 1, 2] and waited == list(range(1, 10))  # each for its own copy
+    assert queues[1].copied == 10  # the first block of a next pass is there already
 
 
 def test_what_fails_in_between_leaves_everything_at_home():
-    model = Transformer(Config(**TINY)).eval()
-    homes = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    model, homes = Transformer(Config(**TINY)).eval(), {}
     model.transformer_blocks[1].norm1.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError), streamed(model, blocks_of(model), torch.device("cpu")), torch.no_grad():
+    with pytest.raises(ZeroDivisionError), streamed(model, blocks_of(model), CPU), torch.no_grad():
+        homes = pointers(model)
         model(torch.randn(1, 3, 16, 12, 18), torch.tensor([5]), torch.randn(1, 10, 32))
-    assert homes == {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    assert homes == pointers(model)
 
 
 @pytest.mark.parametrize("where", ["on the way to the device", "in a block"])
 def test_a_pass_that_ran_out_of_memory_can_be_done_again(where, monkeypatch):
     model = randomize(Transformer(Config(**{**TINY, "num_layers": 4}))).eval()
-    inputs, fresh, made = (torch.randn(1, 3, 16, 12, 18), torch.tensor([5]), torch.randn(1, 10, 32)), torch.empty_like, []
+    inputs, arranged, calls = (torch.randn(1, 3, 16, 12, 18), torch.tensor([5]), torch.randn(1, 10, 32)), streaming.views, []
 
     def fail_once(*_):
-        if "failed" not in made:
-            made.append("failed")
+        calls.append("call")
+        if len(calls) == (3 if where == "on the way to the device" else 1):
             raise torch.OutOfMemoryError("no room")
-
-    def full(*args, **kwargs):
-        made.append("tensor")
-        if len(made) == 60:  # in the middle of the third block
-            fail_once()
-        return fresh(*args, **kwargs)
 
     with torch.no_grad():
         plain = model(*inputs)
-        if where == "in a block":
-            model.transformer_blocks[2].ff.register_forward_pre_hook(fail_once)
-        else:
-            monkeypatch.setattr(torch, "empty_like", full)
-        homes = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
-        with streamed(model, blocks_of(model), torch.device("cpu")):
+        with streamed(model, blocks_of(model), CPU):
+            homes = pointers(model)
+            if where == "in a block":
+                model.transformer_blocks[2].ff.register_forward_pre_hook(fail_once)
+            else:
+                monkeypatch.setattr(streaming, "views", lambda *given: fail_once() or arranged(*given))
             with pytest.raises(torch.OutOfMemoryError):
                 model(*inputs)
             assert torch.equal(model(*inputs), plain)
-        assert homes == {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+        assert homes == pointers(model)
 
 
 def test_sampling_with_low_memory_gives_the_same_video(here):
