@@ -115,6 +115,60 @@ def test_clip_is_transformers(base, seed):
     assert (ours.text(text) - given.text_embeds[0]).norm() < 1e-5 * given.text_embeds.norm()
 
 
+def test_scores_are_those_that_transformers_gives(base, tmp_path, seed):
+    """Every score of the networks for a clip that flickers between two pictures, beside transformers' own preprocessing."""
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, ViTConfig, ViTModel
+
+    vits = {}
+    for name, wide in (("dino-b16", 48), ("dino-s16", 32)):
+        config = ViTConfig(hidden_size=wide, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=224, patch_size=16)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / name)
+        vits[name] = ViTModel.from_pretrained(tmp_path / name, add_pooling_layer=False).eval()
+    mean, std = (list(value) for value in scorers.IMAGENET)
+    one, two, subject = (texture(seed + i, 48, 64) for i in range(3))
+    clip = CLIPModel.from_pretrained(base / "clip", dtype=torch.float32).eval()
+    side = CLIP(str(base / "clip")).side
+    clip_pixels = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    dino_pixels = CLIPImageProcessor(size={"shortest_edge": 224}, crop_size=224, image_mean=mean, image_std=std)
+
+    def unit(network, pixels):
+        with torch.no_grad():
+            return F.normalize(network(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
+
+    def clip_unit(pixels):
+        with torch.no_grad():
+            return F.normalize(clip.visual_projection(clip.vision_model(pixels).pooler_output), dim=-1)
+
+    def flicker(features):  # one, two, one, two, one: by hand
+        c = (features[0] @ features[1]).clamp(min=0).item()
+        return (c + (c + 1) / 2) / 2
+
+    with torch.no_grad():
+        words = F.normalize(clip.text_projection(clip.text_model(**AutoTokenizer.from_pretrained(base / "clip")(
+            ["a creature"], return_tensors="pt")).pooler_output), dim=-1)[0]
+    shown = [Image.fromarray(picture) for picture in (one, two, subject)]
+    small, large = (pixels(shown, return_tensors="pt").pixel_values for pixels in (clip_pixels, dino_pixels))
+    # VBench's: float tensors, without antialiasing; the subject's whole width, the background's middle.
+    raw = torch.from_numpy(np.stack([one, two])).permute(0, 3, 1, 2).float() / 255
+    wide = F.interpolate(raw, (224, 298), mode="bilinear")
+    vits["dino-b16"].embeddings.interpolate_pos_encoding = DINO(str(tmp_path / "dino-b16")).positions  # tested above
+    with torch.no_grad():
+        subject_of = F.normalize(vits["dino-b16"](pixel_values=(wide - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1),
+                                                  interpolate_pos_encoding=True).last_hidden_state[:, 0], dim=-1)
+    middle = F.interpolate(raw, (side, int(side * 64 / 48)), mode="bicubic")
+    left = round((middle.shape[-1] - side) / 2)
+    weights = torch.tensor([3, 2]) / 5  # of the two pictures
+    dino, likeness = unit(vits["dino-s16"], large), clip_unit(small)
+    expected = {"subject": flicker(subject_of), "background": flicker(clip_unit((middle[..., left : left + side] - 0.5) / 0.5)),
+                "dino_i": (dino[:2] @ dino[2] @ weights).item(), "clip_i": (likeness[:2] @ likeness[2] @ weights).item(),
+                "clip_t": (likeness[:2] @ words @ weights).item()}
+    published = {"dino-b16": str(tmp_path / "dino-b16"), "dino-s16": str(tmp_path / "dino-s16"), "clip-b32": str(base / "clip")}
+    found, without = Scorers(published=published)(np.stack([one, two, one, two, one]), 8, "a creature", shown[2])
+    assert without == {} and found.keys() == {*expected, "dynamic"}
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=2e-5), name  # random networks: features differ by 0.01
+
+
 def test_pictures_are_resized_by_their_shorter_side():
     frames = np.zeros((2, 40, 80, 3), np.uint8)
     frames[:, :, 40:] = 255
