@@ -46,6 +46,10 @@ class Broken(Exception):
     """One example of a dataset cannot be had; the message says why. It is passed over, see Tolerant."""
 
 
+class Unfit(Broken):
+    """Nothing is wrong with the files of the example, but it is chosen not to be used: too short, too small, no subject in it."""
+
+
 class Toy:
     """The toy's world as an endless dataset: example i is drawn from seed and i. Its subjects are those of the split."""
 
@@ -194,37 +198,45 @@ class OneFrame:
 
 
 class Tolerant:
-    """A dataset's first `length` examples, in which a broken one is replaced by the next that is whole. Each broken one is
-    listed once, with its reason, in `log`; when they are more than `share` of those that were met (and ten at least, unless the
-    share is 0), the run stops."""
+    """A dataset's first `length` examples, in which one that cannot be used is replaced by the next that can, and not tried again.
+    Each is listed once, with its reason, in `log`, to which all ranks write. When the broken ones are more than `share` of those that
+    were met (and ten at least, unless the share is 0), the run stops; those that are Unfit do not count."""
 
     def __init__(self, dataset, length: int, log: Path, share: float = 0.1):
         self.dataset, self.length, self.log, self.share = dataset, length, log, share
         self.met: set[int] = set()
-        self.broken: set[int] = set()
-        # A run that was killed while it wrote may have left half a line, perhaps with another behind it.
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        self.listed = {int(found[1]) for line in lines if (found := re.search(r'\{"example": (\d+), "reason": ".*"\}$', line))}
+        self.skipped: set[int] = set()
+        self.broken = 0  # of the skipped ones
+        self.listed: set[int] = set()  # by any rank, in as much of the log as was read
+        self.read = 0  # bytes of it
 
     def __getitem__(self, i: int) -> Example:
         for j in ((i + step) % self.length for step in range(self.length)):
+            if j in self.skipped:
+                continue
+            self.met.add(j)
             try:
-                self.met.add(j)
                 return self.dataset[j]
             except Broken as error:
-                self.note(j, str(error))
+                self.skip(j, error)
         raise BadInput(f"None of the {self.length} examples can be used; {self.log} says why.")
 
-    def note(self, i: int, reason: str) -> None:
-        if i not in self.broken:
-            self.broken.add(i)
+    def skip(self, i: int, error: Broken) -> None:
+        self.skipped.add(i)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab+") as file:
+            file.seek(self.read)
+            # A run that was killed while it wrote may have left half a line, perhaps with another behind it.
+            self.listed |= {int(found[1]) for line in file if (found := re.search(rb'\{"example": (\d+), "reason": ".*"\}$', line))}
+            self.read = file.tell()
             if i not in self.listed:
-                self.log.parent.mkdir(parents=True, exist_ok=True)
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"example": i, "reason": reason}) + "\n")
-        if len(self.broken) > self.share * len(self.met) and (len(self.broken) >= 10 or self.share == 0):
-            raise BadInput(f"{len(self.broken)} of the first {len(self.met)} examples cannot be used, more than "
-                           f"{self.share:.0%} (--broken); {self.log} says why. The last one: {reason}")
+                file.write(json.dumps({"example": i, "reason": str(error)}).encode() + b"\n")
+        if len(self.skipped) == len(self.met) == 100:
+            print(f"warning: none of the first 100 examples can be used; {self.log} says why", file=sys.stderr)
+        self.broken += not isinstance(error, Unfit)
+        if self.broken > self.share * len(self.met) and (self.broken >= 10 or self.share == 0):
+            raise BadInput(f"{self.broken} of the first {len(self.met)} examples are broken, more than {self.share:.0%} (--broken); "
+                           f"{self.log} says why. The last one: {error}")
 
 
 class Stream:

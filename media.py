@@ -1,7 +1,6 @@
 """Images and videos as files: reading whatever photograph a person brings, cutting out, fitting, writing videos."""
 
 import json
-import math
 import re
 import subprocess
 import tempfile
@@ -164,6 +163,10 @@ def save_video(frames: np.ndarray, path: Path, fps: float, metadata: dict) -> No
 # --- reading videos ---------------------------------------------------------------------------------------------------
 
 
+class TooLittle(BadInput):
+    """A picture or video is whole, but less than the clip, and such ones are to be skipped."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """What a clip is made to be, and what happens to a file that is too little for it."""
@@ -181,8 +184,8 @@ class Clip:
 
 
 class Probe(NamedTuple):
-    seconds: float
-    width: int  # as shown: a phone's rotation is applied
+    seconds: float | None  # None: the file does not say
+    width: int  # as shown: a phone's rotation is applied, and pixels are square
     height: int
     fps: float
 
@@ -201,17 +204,19 @@ def ffmpeg(*arguments: str, seconds: float = 600) -> subprocess.CompletedProcess
 def probe(file: Path) -> Probe:
     """Length and size of a video, read off its container: nothing is decoded."""
     said = ffmpeg("-i", str(file)).stderr.decode("utf-8", "replace")
-    stream = re.search(r"Stream #.*?: Video: .*?\b(\d{2,5})x(\d{2,5})\b", said)
+    stream = re.search(r"Stream #.*?: Video: .*?\b(\d{2,5})x(\d{2,5})\b(.*)", said)
     length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
     if stream is None:
         audio = "Audio:" in said
         reason = said.strip().splitlines()[-1].removeprefix(f"{file}: ") if said.strip() else "ffmpeg says nothing"
         raise BadInput("it has sound and no pictures" if audio else f"it cannot be read ({reason})")
     width, height = int(stream[1]), int(stream[2])
+    for across, down in re.findall(r"SAR ([1-9]\d*):([1-9]\d*)", stream[3])[-1:]:  # of a pixel; the container's comes last
+        width = max(int(width * int(across) / int(down)), 1)
     turned = re.search(r"rotation of (-?[\d.]+) degrees", said)
     if turned and round(abs(float(turned[1]))) % 180 == 90:
         width, height = height, width
-    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else 0.0
+    seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else None
     rate = re.search(r"([\d.]+) fps", said)
     return Probe(seconds, width, height, float(rate[1]) if rate else 8.0)
 
@@ -221,36 +226,37 @@ def decode(file: Path, clip: Clip, rng: np.random.Generator) -> np.ndarray:
     scaled to cover the frame, the overhang cut off evenly. ffmpeg seeks to the window, so the rest is not decoded."""
     seconds, width, height, _ = probe(file)
     if clip.small == "skip" and (width < clip.width or height < clip.height):
-        raise BadInput(f"it is {width}x{height}, smaller than {clip.width}x{clip.height}")
-    spare, loop = seconds - clip.seconds, []
-    if spare < -0.5 / clip.fps:
-        if clip.short == "skip":
-            raise BadInput(f"it lasts {seconds:.2f} s, and {clip.frames} frames at {clip.fps:g} fps take {clip.seconds:.2f} s")
-        if seconds <= 0:
-            raise BadInput("its length is not known, so it cannot be looped")
-        loop = ["-stream_loop", str(math.ceil(clip.seconds / seconds))]
+        raise TooLittle(f"it is {width}x{height}, smaller than {clip.width}x{clip.height}")
+    asked = f"{clip.frames} frames at {clip.fps:g} fps take {clip.seconds:.2f} s"
+    spare = 0.0 if seconds is None else seconds - clip.seconds
+    if spare < -0.5 / clip.fps and clip.short == "skip":
+        raise TooLittle(f"it lasts {seconds:.2f} s, and {asked}")
     start = rng.uniform(0, spare) if spare > 0 else 0.0
-    filters = (f"fps={clip.fps:g},scale={clip.width}:{clip.height}:force_original_aspect_ratio=increase:flags=bicubic,"
-               f"crop={clip.width}:{clip.height}")
+    filters = (f"fps={clip.fps:g},scale='max({clip.width},round({clip.height}*dar))':'max({clip.height},round({clip.width}/dar))'"
+               f":flags=bicubic,crop={clip.width}:{clip.height}")  # dar: proportions as shown, also where pixels are not square
     size = clip.height * clip.width * 3
     for begin in dict.fromkeys((start, 0.0)):  # its pictures may end before its sound does: then from the beginning
-        done = ffmpeg("-loglevel", "error", *loop, "-ss", f"{begin:.3f}", "-i", str(file), "-an", "-sn", "-vf", filters,
+        done = ffmpeg("-loglevel", "repeat+error", "-ss", f"{begin:.3f}", "-i", str(file), "-an", "-sn", "-vf", filters,
                       "-frames:v", str(clip.frames), "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
         frames = np.frombuffer(done.stdout[: len(done.stdout) // size * size], dtype=np.uint8)
         frames = frames.reshape(-1, clip.height, clip.width, 3)
         missing = clip.frames - len(frames)
-        if missing <= 1:
-            break
-    if missing > 1:  # the last frame may lie half a tick beyond the end
-        reason = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise BadInput(f"{len(frames)} of {clip.frames} frames could be decoded ({reason[-1] if reason else 'it is cut short'})")
-    return np.concatenate([frames, frames[-1:].repeat(missing, axis=0)]) if missing else frames
+        if missing <= 1 and len(frames):  # the last frame may lie half a tick beyond the end
+            return np.concatenate([frames, frames[-1:].repeat(missing, axis=0)]) if missing else frames
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    whole = not said or (spare < 0 and len(frames) + 1 >= seconds * clip.fps)  # all its pictures are there: it is short, not damaged
+    if not len(frames) or not whole:
+        raise BadInput(f"{len(frames)} of {clip.frames} frames could be decoded ({said[-1] if said else 'it is cut short'})")
+    if clip.short == "skip":
+        raise TooLittle(f"its pictures last {len(frames) / clip.fps:.2f} s, and {asked}")
+    return frames[np.arange(clip.frames) % len(frames)]
 
 
 def read_video(file: Path) -> np.ndarray:
-    """All frames of a video, uint8 [F, H, W, 3], at its own rate and size."""
+    """All frames of a video, uint8 [F, H, W, 3], at its own rate and size, as shown."""
     _, width, height, _ = probe(file)
-    done = ffmpeg("-loglevel", "error", "-i", str(file), "-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-")
+    done = ffmpeg("-loglevel", "error", "-i", str(file), "-vf", f"scale={width}:{height}", "-fps_mode", "passthrough", "-f", "rawvideo",
+                  "-pix_fmt", "rgb24", "-")
     if not done.stdout or len(done.stdout) % (height * width * 3):
         raise BadInput(f"{file} cannot be read: {done.stderr.decode('utf-8', 'replace').strip() or 'it is cut short'}.")
     return np.frombuffer(bytearray(done.stdout), dtype=np.uint8).reshape(-1, height, width, 3)  # not bytes: one may write to it

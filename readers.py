@@ -6,8 +6,8 @@
     Triplets        (video, text, subject image) (SUGAR 3.1)                 triplets.jsonl of synthesize.py
     DreamBench      photographs of 30 subjects and prompts                   dataset/<subject>/NN.jpg
 
-A file that is broken, or does not fit what was asked, raises Broken with the reason: data.py skips it and says so. What is
-wrong with a dataset as a whole is a BadInput, raised before anything is read.
+A file that is broken raises Broken with the reason, one that does not fit what was asked Unfit: data.py skips it and says so.
+What is wrong with a dataset as a whole is a BadInput, raised before anything is read.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import csv
 import io
 import json
 import re
+import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,12 +27,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+import checkpoint
 import media
 from cache import Cache
 from checkpoint import BadInput, replace_when_whole
-from data import Broken, Encoder, Example, Tolerant, Toy
+from data import Broken, Encoder, Example, Tolerant, Toy, Unfit
+from distributed import place
 from encoders import GroundedSAM
-from media import Clip, decode
+from media import Clip, TooLittle, decode
 from model import Config
 
 FORMATS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif")  # of the videos that a folder is searched for
@@ -44,7 +48,7 @@ COLUMNS = {  # what a manifest may call each column, in order of preference
 def fitted(image: Image.Image, height: int, width: int, small: str) -> np.ndarray:
     """uint8 [height, width, 3]: the picture, cut to the frame's proportions and resized."""
     if small == "skip" and (image.height < height or image.width < width):
-        raise Broken(f"it is {image.width}x{image.height}, smaller than {width}x{height}")
+        raise Unfit(f"it is {image.width}x{image.height}, smaller than {width}x{height}")
     return np.asarray(media.fit(image, height, width, "crop"))
 
 
@@ -63,7 +67,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--small", choices=["skip", "enlarge"], default="skip", help="one that is too small (default: %(default)s)")
     p.add_argument("--share", type=float, default=1.0, help="of the videos, a random part; Switch uses 0.01 of Pexels-400k")
     p.add_argument("--broken", type=float, default=0.1,
-                   help="share of the examples that may be unusable before the run stops (default: %(default)s)")
+                   help="share of the examples that may be broken before the run stops; what is skipped for being short or small "
+                   "does not count (default: %(default)s)")
 
 
 def clip_of(args: argparse.Namespace, config: Config) -> Clip:
@@ -121,16 +126,18 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def parquet(file: Path):
-    """A parquet file, opened. Parquet needs pyarrow, which is an optional extra."""
+@contextmanager
+def parquet(file: Path) -> Iterator:
+    """A parquet file, opened; Broken is what happens to be wrong with it. Parquet needs pyarrow, which is an optional extra."""
     try:
         import pyarrow.parquet
     except ImportError as error:
         raise BadInput(f"{file} is parquet, and reading it needs pyarrow: pip install pyarrow.") from error
     try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise BadInput(f"{file} is truncated, or no parquet file: {str(error).splitlines()[0]}") from error
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            yield opened
+    except (OSError, pyarrow.ArrowException) as error:
+        raise Broken(f"{file} is truncated, or no parquet file: {str(error).splitlines()[0]}") from error
 
 
 class Row(NamedTuple):
@@ -146,21 +153,36 @@ def read_manifest(file: Path) -> list[Row]:
     if file.suffix.lower() not in (".parquet", ".csv", ".jsonl"):
         raise BadInput(f"{file} is no manifest: .csv with a heading, .jsonl and .parquet are read, or a folder of videos.")
     if file.suffix.lower() == ".parquet":
-        opened = parquet(file)
-        chosen = choose(file, opened.schema_arrow.names)
-        table = opened.read(columns=[name for name in chosen if name]).to_pydict()
-        rows = zip(*(table[name] if name else [""] * opened.metadata.num_rows for name in chosen))
+        try:
+            with parquet(file) as opened:
+                chosen = choose(file, opened.schema_arrow.names)
+                table = opened.read(columns=[name for name in chosen if name]).to_pydict()
+                rows = zip(*(table[name] if name else [""] * opened.metadata.num_rows for name in chosen))
+        except Broken as error:
+            raise BadInput(f"The manifest {error}") from error
     else:
         csv.field_size_limit(2**31 - 1)
         with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:  # a spreadsheet writes a mark in front
-            if file.suffix.lower() == ".csv":
-                reader = csv.reader(lines)
-                heading = next(reader, [])
-                places = [heading.index(name) if name else None for name in choose(file, heading)]
-                rows = [tuple("" if at is None or at >= len(line) else line[at] for at in places) for line in reader if line]
-            else:
-                rows = list(json_rows(file, lines))
+            rows = list((csv_rows if file.suffix.lower() == ".csv" else json_rows)(file, lines))
     return [Row(*("" if value is None else str(value).strip() for value in row)) for row in rows]
+
+
+def csv_rows(file: Path, lines):
+    """The rows of a CSV file with a heading. A quote that is left open makes one field of the rows behind it: the name of a video can
+    have no line breaks, a caption may."""
+    reader, broken = csv.reader(lines), []
+    heading = next(reader, [])
+    places = [heading.index(name) if name else None for name in choose(file, heading)]
+    for number, line in enumerate(filter(None, reader), 1):
+        row = tuple("" if at is None or at >= len(line) else line[at] for at in places)
+        if "\n" in row[0].strip():
+            raise BadInput(f"Row {number} of {file} names a video over several lines: close the quote that is open before it.")
+        if any("\n" in field.strip() for field in line):
+            broken.append(str(number))
+        yield row
+    if broken and place()[0] == 0:
+        print(f"warning: {file} has line breaks inside fields, in row {checkpoint.some(broken)}; if a quote is left open there, the rows "
+              f"behind it are lost", file=sys.stderr)
 
 
 def json_rows(file: Path, lines):
@@ -195,8 +217,9 @@ def choose(file: Path, names: list[str]) -> list[str | None]:
 class Subjects200K:
     """Switch's S2I data: parquet shards in which one picture holds two views of a subject side by side.
 
-    Kept are rows with valid descriptions whose three quality scores are all 5 or more; each is two examples, one for each
-    direction. The views are 512 pixels with a margin of 8, in the third collection 1024 with 16.
+    Kept are rows whose three quality scores are all 5 or more and whose descriptions are not called invalid; each is two examples,
+    one for each direction. The views are squares of 512 pixels, in the third collection 1024, with some margin around them. A file
+    that cannot be read is one row, which is broken.
     """
 
     QUALITIES = ("compositeStructure", "objectConsistency", "imageQuality")
@@ -207,39 +230,54 @@ class Subjects200K:
         if not files:
             raise BadInput(f"{path} holds no parquet files: Subjects200K comes as data/train-*.parquet.")
         self.rows: list[tuple[Path, int, int]] = []  # file, row group, row in it
+        self.lost: dict[Path, str] = {}  # files that cannot be read, and why
+        count = 0
         for file in files:
-            opened = parquet(file)
-            lacking = [name for name in ("image", "quality_assessment", "description") if name not in opened.schema_arrow.names]
-            if lacking:
-                raise BadInput(f"{file} has no column {lacking[0]}: it has {', '.join(opened.schema_arrow.names)}.")
-            for group in range(opened.num_row_groups):  # the pictures are not read yet
-                try:
-                    table = opened.read_row_group(group, columns=["quality_assessment", "description"]).to_pylist()
-                except OSError as error:
-                    raise BadInput(f"{file} is damaged in row group {group}: {str(error).splitlines()[0]}") from error
-                self.rows += [(file, group, row) for row, about in enumerate(table) if self.good(about)]
-        if not self.rows:
+            try:
+                with parquet(file) as opened:
+                    lacking = [name for name in ("image", "quality_assessment", "description") if name not in opened.schema_arrow.names]
+                    if lacking:
+                        raise BadInput(f"{file} has no column {lacking[0]}: it has {', '.join(opened.schema_arrow.names)}.")
+                    groups = [opened.read_row_group(group, columns=["quality_assessment", "description"]).to_pylist()
+                              for group in range(opened.num_row_groups)]  # the pictures are not read yet
+            except Broken as error:
+                self.lost[file], groups = str(error), []
+                self.rows.append((file, 0, 0))
+            count += sum(map(len, groups))
+            self.rows += [(file, group, row) for group, table in enumerate(groups) for row, about in enumerate(table) if self.good(about)]
+        lost, kept = checkpoint.some(list(self.lost.values()), 1), len(self.rows) - len(self.lost)
+        if len(self.lost) == len(files):
+            raise BadInput(f"None of the parquet files in {path} can be read: {lost}.")
+        if not kept:
             raise BadInput(f"None of the rows in {path} has three quality scores of 5 and valid descriptions.")
+        if place()[0] == 0:
+            print(f"{path}: kept {kept:,} of {count:,} rows" + (f"; {lost}" if lost else ""))
 
     def good(self, about: dict) -> bool:
-        scores, description = about["quality_assessment"] or {}, about["description"] or {}
-        return all((scores.get(name) or 0) >= 5 for name in self.QUALITIES) and bool(description.get("description_valid"))
+        scores, description = about["quality_assessment"] or {}, about["description"]
+        good = description is not None and description.get("description_valid") is not False  # null says nothing
+        return good and all((scores.get(name) or 0) >= 5 for name in self.QUALITIES)
 
     def __len__(self) -> int:
         return 2 * len(self.rows)
 
     def __getitem__(self, i: int) -> Example:
         file, group, row = self.rows[i // 2]
+        if file in self.lost:
+            raise Broken(self.lost[file])
         try:
             about = row_group(file, group).slice(row, 1).to_pylist()[0]
             picture = Image.open(io.BytesIO(about["image"]["bytes"])).convert("RGB")
         except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise Broken(f"row {row} of row group {group} of {file.name}: {error}") from error
-        margin, side = (16, 1024) if about.get("collection") == "collection_3" else (8, 512)
-        if picture.size != (2 * side + 3 * margin, side + 2 * margin):
-            raise Broken(f"row {row} of row group {group} of {file.name} is {picture.width}x{picture.height}, not two views "
-                         f"of {side} pixels with margins of {margin}")
-        views = [picture.crop((x, margin, x + side, margin + side)) for x in (margin, 2 * margin + side)]
+        # The publisher speaks of 16 pixels of padding and crops at 8: the outer margin is read off the height, and whatever is left
+        # of the width lies between the views.
+        side = 1024 if picture.width >= 2048 else 512
+        margin = (picture.height - side) // 2
+        if margin < 0 or picture.width < 2 * (margin + side):
+            raise Broken(f"row {row} of row group {group} of {file.name} is {picture.width}x{picture.height}, too small for two views "
+                         f"of {side} pixels side by side")
+        views = [picture.crop((x, margin, x + side, margin + side)) for x in (margin, picture.width - margin - side)]
         reference, target = views if i % 2 == 0 else views[::-1]
         description, number = about["description"], 1 - i % 2
         return Example(fitted(target, self.side, self.side, self.small)[None], caption_of(description.get(f"description_{number}")),
@@ -249,9 +287,8 @@ class Subjects200K:
 @lru_cache(maxsize=2)
 def row_group(file: Path, number: int):
     """A table. Parquet is read a row group at a time; both directions of a pair, and a cache's next example, are in the same one."""
-    opened = parquet(file)
-    wanted = [name for name in ("image", "description", "collection") if name in opened.schema_arrow.names]
-    return opened.read_row_group(number, columns=wanted)
+    with parquet(file) as opened:
+        return opened.read_row_group(number, columns=["image", "description"])
 
 
 def caption_of(text: str | None) -> str:
@@ -292,8 +329,8 @@ class Videos:
         row, folder = self.rows[i], self.path if self.path.is_dir() else self.path.parent
         if not row.video:
             raise Broken(f"row {i + 1} of those chosen from {self.path.name} names no video")
-        # A manifest that lists the addresses that videos were downloaded from is read as one of their names.
-        name = row.video.rstrip("/").rsplit("/", 1)[-1] if "://" in row.video else row.video
+        # A manifest that lists the addresses that videos were downloaded from is read as one of their names, without a ?query.
+        name = re.split("[?#]", row.video)[0].rstrip("/").rsplit("/", 1)[-1] if "://" in row.video else row.video
         file = folder / name
         try:
             if not file.is_file():
@@ -306,7 +343,7 @@ class Videos:
             rng = np.random.default_rng((self.seed, zlib.crc32(row.video.encode(errors="surrogateescape"))))
             return Example(decode(file, self.clip, rng), caption_of(text), noun=row.noun or None)
         except (BadInput, Broken) as error:
-            raise Broken(f"{file}: {error}") from error
+            raise (Unfit if isinstance(error, TooLittle) else Broken)(f"{file}: {error}") from error
 
 
 class SubjectVideos:
@@ -334,7 +371,7 @@ class SubjectVideos:
             words = row.noun or example.text
             mask = self.segmenter(image, words)
             if mask is None:
-                raise Broken(f"{row.video}: no {words!r} was found in frame {frame}")
+                raise Unfit(f"{row.video}: no {words!r} was found in frame {frame}")
             self.cutouts.mkdir(parents=True, exist_ok=True)
             with replace_when_whole(file) as part:
                 media.cut_out(image, mask, row.video).save(part)
@@ -350,12 +387,14 @@ class Triplets:
         if not self.path.is_file():
             raise BadInput(f"There is no {self.path}: synthesize.py writes it when its last stage is done.")
         self.rows = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 row = json.loads(line)
                 self.rows.append((row["video"], row["text"], row["image"], row.get("noun")))
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f'Line {number} of {self.path} is no object with "video", "text" and "image".') from error
+            if not all(isinstance(value, str) for value in (*self.rows[-1][:3], row.get("noun") or "")):
+                raise BadInput(f'Line {number} of {self.path}: "video", "text" and "image", and "noun" where there is one, must be texts.')
         if not self.rows:
             raise BadInput(f"{self.path} is empty.")
 
@@ -365,13 +404,13 @@ class Triplets:
     def __getitem__(self, i: int) -> Example:
         video, text, image, noun = self.rows[i]
         file = self.path.parent / video
-        if not file.is_file():
-            raise Broken(f"{file} does not exist")
         try:
+            if not file.is_file():
+                raise Broken("it does not exist")
             frames = decode(file, self.clip, np.random.default_rng(0))
             return Example(frames, caption_of(text), media.on_white(media.open_image(self.path.parent / image)), noun)
-        except (Broken, BadInput) as error:
-            raise Broken(f"{file}: {error}") from error
+        except (BadInput, Broken, OSError) as error:
+            raise (Unfit if isinstance(error, TooLittle) else Broken)(f"{file}: {error}") from error
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------

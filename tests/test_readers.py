@@ -3,6 +3,7 @@
 import io
 import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 import readers
 from checkpoint import BadInput
-from data import Broken, Tolerant
-from media import Clip, probe
+from data import Broken, Tolerant, Unfit
+from media import Clip, TooLittle, probe, read_video
 from readers import DreamBench, Subjects200K, SubjectVideos, Triplets, Videos
 
 CLIP = Clip(frames=9, height=48, width=64, fps=8)
@@ -43,14 +46,19 @@ def levels(video: np.ndarray) -> np.ndarray:
     return video.mean(axis=(1, 2, 3))
 
 
-def views(side: int, margin: int, left, right) -> bytes:
-    """Two views side by side, as Subjects200K has them, as PNG."""
-    picture = Image.new("RGB", (2 * side + 3 * margin, side + 2 * margin), "black")
-    for x, colour in ((margin, left), (2 * margin + side, right)):
-        picture.paste(Image.new("RGB", (side, side), colour), (x, margin))
+def png(picture: Image.Image) -> bytes:
     data = io.BytesIO()
     picture.save(data, "png")
     return data.getvalue()
+
+
+def views(side: int, margin: int, left, right, gap: int | None = None) -> bytes:
+    """Two views side by side, as Subjects200K has them, as PNG."""
+    gap = margin if gap is None else gap
+    picture = Image.new("RGB", (2 * side + 2 * margin + gap, side + 2 * margin), "black")
+    for x, colour in ((margin, left), (margin + side + gap, right)):
+        picture.paste(Image.new("RGB", (side, side), colour), (x, margin))
+    return png(picture)
 
 
 def subjects200k(folder: Path, rows: list[dict], **changes) -> Path:
@@ -101,18 +109,49 @@ def test_both_views_and_directions_of_subjects200k(tmp_path):
     assert np.ptp(example.video, axis=(0, 1, 2)).max() == 0, "nothing of the margin or of the other view"
 
 
-def test_rows_of_low_quality_are_left_out(tmp_path):
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([512, 1024]), st.integers(0, 20), st.data())
+def test_views_are_where_the_margin_says(tmp_path_factory, side, margin, data):
+    """1048x528, 1056x528 (each view in a cell of 528), 1024x512, their doubles, and whatever else holds two views."""
+    gap = data.draw(st.one_of(st.sampled_from([0, margin, 2 * margin]), st.integers(0, 40)))
+    folder = subjects200k(tmp_path_factory.mktemp("views"), [{"png": views(side, margin, "red", "blue", gap)}])
+    pair = Subjects200K(folder, side=side)[0]
+    assert (pair.video == [0, 0, 255]).all() and (np.asarray(pair.image) == [255, 0, 0]).all()
+    assert pair.video.shape == (1, side, side, 3)
+
+
+@pytest.mark.parametrize("width,height", [(1048, 528), (1056, 528), (1024, 512), (2096, 1056), (2112, 1056), (2048, 1024)])
+def test_sizes_that_are_published(width, height, tmp_path):
+    """Nothing of a view is lost, and nothing else is in it: what is not a view is noise here, and each view has one colour."""
+    side = 1024 if width > 2000 else 512
+    top = (height - side) // 2
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    for x, colour in ((top, "red"), (width - top - side, "blue")):
+        picture.paste(colour, (x, top, x + side, top + side))
+    pair = Subjects200K(subjects200k(tmp_path, [{"png": png(picture)}]), side=side)[1]
+    assert (pair.video == [255, 0, 0]).all() and (np.asarray(pair.image) == [0, 0, 255]).all()
+
+
+@pytest.mark.parametrize("width,height", [(1023, 512), (1024, 511), (1039, 528), (2048, 1023), (2079, 1056), (528, 528), (1048, 1056)])
+def test_pictures_that_cannot_hold_two_views(width, height, tmp_path):
+    folder = subjects200k(tmp_path, [{"png": png(Image.new("RGB", (width, height)))}])
+    with pytest.raises(Broken, match=f"is {width}x{height}, too small for two views of {1024 if width >= 2048 else 512} pixels"):
+        Subjects200K(folder)[0]
+
+
+def test_rows_of_low_quality_are_left_out(tmp_path, capfd):
+    """A description_valid that is null says nothing: the publisher does not filter by it."""
     png = views(512, 8, "red", "blue")
     bad = [{"png": png, "scores": {name: 4}} for name in Subjects200K.QUALITIES]
-    data = Subjects200K(subjects200k(tmp_path, [*bad, {"png": png, "valid": False}, {"png": png},
+    data = Subjects200K(subjects200k(tmp_path, [*bad, {"png": png, "valid": False}, {"png": png}, {"png": png, "valid": None},
                                                 {"png": png, "scores": {"imageQuality": None}}]), side=64)
-    assert len(data) == 2
+    assert len(data) == 4 and f"{tmp_path}: kept 2 of 7 rows\n" == capfd.readouterr().out
     with pytest.raises(BadInput, match="None of the rows"):
         Subjects200K(subjects200k(tmp_path / "bad", bad))
 
 
 @pytest.mark.parametrize("png,reason", [(b"no picture", "row 0 of row group 0"), (b"", "row 0 of row group 0"),
-                                        (views(256, 8, "red", "blue"), "not two views of 512 pixels")])
+                                        (views(256, 8, "red", "blue"), "too small for two views of 512 pixels")])
 def test_a_broken_row_says_which_it_is(png, reason, tmp_path):
     with pytest.raises(Broken, match=reason):
         Subjects200K(subjects200k(tmp_path, [{"png": png}]))[0]
@@ -120,17 +159,14 @@ def test_a_broken_row_says_which_it_is(png, reason, tmp_path):
 
 def test_views_smaller_than_asked_for_are_skipped_or_enlarged(tmp_path):
     folder = subjects200k(tmp_path, [{"png": views(512, 8, "red", "blue")}])
-    with pytest.raises(Broken, match="512x512, smaller than 640x640"):
+    with pytest.raises(Unfit, match="512x512, smaller than 640x640"):
         Subjects200K(folder, side=640)[0]
     assert Subjects200K(folder, side=640, small="enlarge")[0].video.shape == (1, 640, 640, 3)
 
 
 def test_a_damaged_row_group_is_a_broken_example(tmp_path):
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (528, 1048, 3), dtype=np.uint8))
-    data = io.BytesIO()
-    picture.save(data, "png")
-    folder = subjects200k(tmp_path, [{"png": data.getvalue()}])
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (528, 1048, 3), dtype=np.uint8))
+    folder = subjects200k(tmp_path, [{"png": png(picture)}])
     dataset = Subjects200K(folder, side=64)
     file = next(folder.rglob("*.parquet"))
     content = bytearray(file.read_bytes())
@@ -139,6 +175,36 @@ def test_a_damaged_row_group_is_a_broken_example(tmp_path):
     readers.row_group.cache_clear()
     with pytest.raises(Broken):
         dataset[0]
+    readers.row_group.cache_clear()
+    file.write_bytes(content[:100])  # also where it is cut off after it was opened
+    with pytest.raises(Broken, match="is truncated, or no parquet file"):
+        dataset[0]
+
+
+def test_a_truncated_file_does_not_cost_the_others(tmp_path, capfd):
+    """It is one broken row among those of the others, so it is counted and listed with its reason like any other."""
+    folder = subjects200k(tmp_path / "all", [{"png": views(512, 8, "red", "blue")}] * 6)
+    first, second, third = sorted(folder.rglob("*.parquet"))
+    for file in (first, third):
+        file.write_bytes(file.read_bytes()[:-20])
+        data = Subjects200K(folder, side=64)
+    assert "kept 2 of 2 rows; " in (said := capfd.readouterr().out) and f"{first} is truncated" in said and "and 1 more" in said
+    tolerant = Tolerant(data, len(data), tmp_path / "skipped.jsonl")
+    assert [tolerant[i].text.split()[-1] for i in range(8)] == ["right"] * 3 + ["left", "right", "left"] + ["right"] * 2
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert [line["example"] for line in lines] == [0, 1, 6, 7] and all("is truncated" in line["reason"] for line in lines)
+    second.write_bytes(b"")
+    with pytest.raises(BadInput, match=f"None of the parquet files in {folder} can be read: {first} is truncated"):
+        Subjects200K(folder)
+
+
+@pytest.mark.parametrize("reader", [Subjects200K, lambda file: Videos(file, CLIP)])
+def test_parquet_without_pyarrow(reader, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(BadInput, match=r"a.parquet is parquet, and reading it needs pyarrow: pip install pyarrow"):
+        reader(tmp_path / "a.parquet")
 
 
 def test_parquet_that_is_none(tmp_path):
@@ -188,12 +254,32 @@ def test_sizes_are_those_that_are_shown(videos, tmp_path):
     assert readers.decode(tmp_path / "turned.mp4", Clip(9, 96, 64), np.random.default_rng(0)).shape == (9, 96, 64, 3)
 
 
-@pytest.mark.parametrize("name,clip,reason", [
-    ("short", CLIP, r"lasts 0.5\d* s, and 9 frames at 8 fps take 1.12 s"), ("tiny", CLIP, "32x32, smaller than 64x48"),
-    ("sound", CLIP, "sound and no pictures"), ("truncated", CLIP, "cannot be read"), ("empty", CLIP, "cannot be read")])
-def test_videos_that_do_not_do(name, clip, reason, videos):
-    with pytest.raises(BadInput, match=reason):
-        readers.decode(videos / f"{name}.mp4", clip, np.random.default_rng(0))
+def test_pixels_that_are_not_square_are_shown_as_they_are_meant(tmp_path):
+    """A square of 40x40 on a screen, stored as 20x40, is square again; sizes are those of the screen."""
+    frame = np.zeros((64, 48, 3), dtype=np.uint8)
+    frame[12:52, 14:34] = 255
+    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "48x64", "-r", 8, "-i", "-", "-vf", "setsar=2", "-pix_fmt", "yuv444p", "-crf", 4,
+           tmp_path / "a.mp4", stdin=frame.tobytes() * 16)
+    ffmpeg("-display_rotation", 90, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "turned.mp4")
+    for name, height, width in (("a", 64, 96), ("turned", 96, 64)):
+        file = tmp_path / f"{name}.mp4"
+        assert probe(file)[1:3] == (width, height)
+        with pytest.raises(TooLittle, match=f"it is {width}x{height}, smaller than {width + 16}x{height}"):
+            readers.decode(file, Clip(9, height, width + 16), np.random.default_rng(0))
+        for clip in (readers.decode(file, Clip(9, height, width), np.random.default_rng(0)), read_video(file)):
+            bright = clip[0].mean(axis=-1) > 128
+            assert bright.shape == (height, width) and abs(np.ptp(bright.any(0).nonzero()) - 39) <= 1
+            assert abs(np.ptp(bright.any(1).nonzero()) - 39) <= 1 and abs(bright.sum() - 1600) < 100
+
+
+@pytest.mark.parametrize("name,kind,reason", [
+    ("short", TooLittle, r"lasts 0.5\d* s, and 9 frames at 8 fps take 1.12 s"), ("tiny", TooLittle, "32x32, smaller than 64x48"),
+    ("sound", BadInput, "sound and no pictures"), ("truncated", BadInput, "cannot be read"), ("empty", BadInput, "cannot be read")])
+def test_videos_that_do_not_do(name, kind, reason, videos):
+    """What is asked to be skipped is told from what is broken."""
+    with pytest.raises(BadInput, match=reason) as error:
+        readers.decode(videos / f"{name}.mp4", CLIP, np.random.default_rng(0))
+    assert error.type is kind
 
 
 def test_short_ones_can_be_looped_and_small_ones_enlarged(videos):
@@ -202,7 +288,8 @@ def test_short_ones_can_be_looped_and_small_ones_enlarged(videos):
     assert readers.decode(videos / "tiny.mp4", replace(CLIP, small="enlarge"), np.random.default_rng(0)).shape == (9, 48, 64, 3)
 
 
-ROWS = [{"video": "plain.mp4", "caption": "it gets brighter"}, {"video": "https://example.org/files/portrait.mp4", "caption": "tall"},
+ROWS = [{"video": "plain.mp4", "caption": "it gets brighter"},
+        {"video": "https://example.org/files/portrait.mp4?download=1&h=720#t=3", "caption": "tall"},
         {"video": "sound.mp4", "caption": "a hum"}, {"video": "odd.mp4", "caption": " "}, {"video": "gone.mp4", "caption": "lost"}]
 
 
@@ -230,13 +317,36 @@ def test_sound_that_goes_on_and_loops_that_would_never_end(videos, tmp_path):
     for i in range(3):
         assert len(readers.decode(tmp_path / "long.mp4", CLIP, np.random.default_rng(i))) == 9
     damaged = bytearray((videos / "short.mp4").read_bytes())
-    at = damaged.index(b"mdat") + 8
-    damaged[at : at + 600] = bytes(600)
+    at = damaged.index(b"mdat")
+    size = int.from_bytes(damaged[at - 4 : at]) - 8
+    damaged[at + 4 : at + 4 + size] = bytes(size)
     (tmp_path / "damaged.mp4").write_bytes(damaged)
-    try:
+    with pytest.raises(BadInput, match="0 of 9 frames could be decoded") as error:
         readers.decode(tmp_path / "damaged.mp4", replace(CLIP, short="loop"), np.random.default_rng(0))
-    except BadInput:
-        pass  # what can be saved of it does not matter, but that it comes to an end
+    assert error.type is not TooLittle
+
+
+def test_pictures_that_end_before_the_file_says_are_short_or_looped(videos, tmp_path):
+    """Because the sound goes on, or because a stream that was recorded does not say how long it is."""
+    ffmpeg("-i", videos / "short.mp4", "-f", "lavfi", "-i", "sine=duration=20", "-c:v", "copy", tmp_path / "sound.mp4")
+    recorded = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", videos / "short.mp4", "-c:v", "libvpx", "-crf", "4",
+                               "-f", "webm", "-"], stdout=subprocess.PIPE, check=True)  # nobody can go back and write the length
+    (tmp_path / "recorded.webm").write_bytes(recorded.stdout)
+    assert probe(tmp_path / "sound.mp4").seconds > 15 and probe(tmp_path / "recorded.webm").seconds is None
+    for name in ("sound.mp4", "recorded.webm"):
+        with pytest.raises(TooLittle, match="its pictures last 0.50 s, and 9 frames at 8 fps take 1.12 s"):
+            readers.decode(tmp_path / name, CLIP, np.random.default_rng(0))
+        looped = readers.decode(tmp_path / name, replace(CLIP, short="loop"), np.random.default_rng(0))
+        assert looped.shape == (9, 48, 64, 3) and np.array_equal(looped[:4], looped[4:8]) and np.array_equal(looped[0], looped[8])
+
+
+def test_a_video_that_is_cut_off_is_not_looped(tmp_path):
+    whole = write_video(tmp_path / "whole.mp4", 96, 64, 4, 24, "-vf", "noise=alls=20:allf=t", "-movflags", "faststart").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 5])  # what it holds comes first, so it opens, and lasts four seconds
+    assert probe(tmp_path / "cut.mp4").seconds > 3.9
+    with pytest.raises(BadInput, match="of 9 frames could be decoded") as error:
+        readers.decode(tmp_path / "cut.mp4", replace(CLIP, short="loop"), np.random.default_rng(0))
+    assert error.type is not TooLittle
 
 
 def test_a_folder_with_captions_beside_the_videos(videos, tmp_path):
@@ -257,6 +367,30 @@ def test_manifests_that_lack_something(content, reason, tmp_path):
     (tmp_path / "m.csv").write_text(content)
     with pytest.raises(BadInput, match=reason):
         Videos(tmp_path / "m.csv", CLIP)
+
+
+def test_a_damaged_manifest_of_parquet(tmp_path):
+    rows = [{"video": f"{i}.mp4", "caption": f"{i} " * 99} for i in range(999)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    content = bytearray((tmp_path / "m.parquet").read_bytes())
+    content[4:2000] = bytes(1996)  # the listing at its end is whole
+    (tmp_path / "m.parquet").write_bytes(content)
+    with pytest.raises(BadInput, match="The manifest .*m.parquet is truncated"):
+        Videos(tmp_path / "m.parquet", CLIP)
+
+
+def test_quotes_that_are_left_open_are_seen(tmp_path, capfd):
+    """They make one field of the rows behind them: in a name that is an error, in a caption it may be meant."""
+    (tmp_path / "m.csv").write_text('text,video\none,a.mp4\ntwo,"b.mp4\nthree,c.mp4\n')
+    with pytest.raises(BadInput, match="Row 2 of .*m.csv names a video over several lines: close the quote"):
+        Videos(tmp_path / "m.csv", CLIP)
+    (tmp_path / "m.csv").write_text('video,text\na.mp4,one\nb.mp4,"two\nc.mp4,three\nd.mp4,four\n')
+    assert len(Videos(tmp_path / "m.csv", CLIP)) == 2
+    assert "m.csv has line breaks inside fields, in row 2; if a quote" in capfd.readouterr().err
+    (tmp_path / "m.csv").write_text('id,video,text\n1,a.mp4,one\n"2,b.mp4,two\n3,c.mp4,"three"\n')
+    assert len(Videos(tmp_path / "m.csv", CLIP)) == 2 and "in row 2; if a quote" in capfd.readouterr().err
+    (tmp_path / "m.csv").write_text('video,text\na.mp4,"one\n"\nb.mp4,two\n')
+    assert len(Videos(tmp_path / "m.csv", CLIP)) == 2 and not capfd.readouterr().err
 
 
 def test_a_share_is_random_and_stays_the_same(tmp_path):
@@ -284,7 +418,7 @@ def test_subjects_are_cut_out_once(videos, tmp_path):
         grey = np.asarray(example.image).mean()
         assert np.abs(levels(example.video) - grey).min() < 1.5, "it is out of one of the frames"
     assert asked == [((64, 48), "lamp")]
-    with pytest.raises(Broken, match="no 'lamp' was found"):
+    with pytest.raises(Unfit, match="no 'lamp' was found"):
         SubjectVideos(Videos(videos / "subjects.jsonl", CLIP), lambda: lambda *_: None, tmp_path / "others")[0]
 
 
@@ -303,6 +437,13 @@ def test_triplets(videos, tmp_path):
     (tmp_path / "triplets.jsonl").write_text('{"video": "a.mp4"}\n')
     with pytest.raises(BadInput, match="Line 1 of .*triplets.jsonl"):
         Triplets(tmp_path, CLIP)
+    for name, value in (("video", None), ("text", 3), ("image", ["a.png"]), ("noun", 3)):
+        (tmp_path / "triplets.jsonl").write_text("\n".join(json.dumps({**lines[0], **change}) for change in ({}, {name: value})))
+        with pytest.raises(BadInput, match="Line 2 of .*triplets.jsonl.* must be texts"):
+            Triplets(tmp_path, CLIP)
+    (tmp_path / "triplets.jsonl").write_text(json.dumps({**lines[0], "video": 300 * "a"}))
+    with pytest.raises(Broken, match="name too long"):
+        Triplets(tmp_path, CLIP)[0]
     with pytest.raises(BadInput, match="There is no .*nowhere"):
         Triplets(tmp_path / "nowhere", CLIP)
 
@@ -329,21 +470,26 @@ def test_dreambench(tmp_path):
 
 
 class Numbers:
-    """Examples 0, 1, 2, ...; some are broken."""
+    """Examples 0, 1, 2, ...; some are broken, some unfit."""
 
-    def __init__(self, broken):
-        self.broken = broken
+    def __init__(self, broken, unfit=()):
+        self.broken, self.unfit, self.asked = broken, unfit, []
 
     def __getitem__(self, i):
+        self.asked.append(i)
         if i in self.broken:
             raise Broken(f"{i} is bad")
+        if i in self.unfit:
+            raise Unfit(f"{i} is short")
         return i
 
 
-def test_a_broken_example_is_replaced_by_the_next_and_listed_once(tmp_path):
-    data = Tolerant(Numbers({2, 3, 9}), 10, tmp_path / "run" / "skipped.jsonl")
+def test_a_broken_example_is_replaced_by_the_next_and_listed_and_tried_once(tmp_path):
+    numbers = Numbers({2, 3, 9})
+    data = Tolerant(numbers, 10, tmp_path / "run" / "skipped.jsonl")
     for _ in range(2):
         assert [data[i] for i in range(10)] == [0, 1, 4, 4, 4, 5, 6, 7, 8, 0]
+    assert all(numbers.asked.count(i) == 1 for i in (2, 3, 9))
     again = Tolerant(Numbers({2, 3, 9}), 10, tmp_path / "run" / "skipped.jsonl")
     assert again[2] == 4
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
@@ -366,10 +512,34 @@ def test_without_tolerance_the_first_broken_example_stops_the_run(tmp_path):
 
 def test_too_many_broken_examples_stop_the_run(tmp_path):
     data = Tolerant(Numbers(set(range(0, 1000, 4))), 1000, tmp_path / "skipped.jsonl", share=0.2)
-    with pytest.raises(BadInput, match=r"10 of the first 37 examples cannot be used, more than 20%.*The last one: 36 is bad"):
+    with pytest.raises(BadInput, match=r"10 of the first 37 examples are broken, more than 20%.*The last one: 36 is bad"):
         for i in range(1000):
             data[i]
     fine = Tolerant(Numbers(set(range(0, 1000, 4))), 1000, tmp_path / "others.jsonl", share=0.3)
     assert len([fine[i] for i in range(1000)]) == 1000
     with pytest.raises(BadInput, match="None of the 5 examples can be used"):
         Tolerant(Numbers(set(range(5))), 5, tmp_path / "none.jsonl")[0]
+
+
+def test_what_is_unfit_is_listed_and_does_not_count(tmp_path, capfd):
+    """Nine of ten are too short, as the user has said they should be skipped; one in twenty of all is broken."""
+    broken = set(range(10, 1000, 20))
+    unfit = {i for i in range(1000) if i % 10} - broken
+    data = Tolerant(Numbers(broken, unfit), 1000, tmp_path / "skipped.jsonl", share=0.1)
+    assert {data[i] for i in range(1000)} == set(range(0, 1000, 10)) - broken
+    assert (tmp_path / "skipped.jsonl").read_text().count("is short") == 900 and not capfd.readouterr().err
+    strict = Tolerant(Numbers(set(), unfit), 1000, tmp_path / "strict.jsonl", share=0)
+    assert strict[1] == 10
+    none = Tolerant(Numbers((), range(1000)), 1000, tmp_path / "none.jsonl", share=0)
+    for _ in range(2):
+        with pytest.raises(BadInput, match="None of the 1000 examples can be used; .*none.jsonl says why"):
+            none[3]
+    assert capfd.readouterr().err.count("none of the first 100 examples can be used") == 1
+
+
+def test_ranks_list_an_example_once(tmp_path):
+    """Each meets the broken ones at its own time, and all write to one file."""
+    ranks = [Tolerant(Numbers({2, 3, 9}), 10, tmp_path / "skipped.jsonl") for _ in range(3)]
+    for i in (0, 3, 2, 9, 5):
+        assert len({rank[i] for rank in ranks}) == 1
+    assert [json.loads(line)["example"] for line in (tmp_path / "skipped.jsonl").read_text().splitlines()] == [3, 2, 9]
