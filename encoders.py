@@ -199,20 +199,21 @@ class GroundedSAM:
     """Grounded SAM: the mask of a named subject. GroundingDINO finds the noun's box, SAM the mask in the box."""
 
     def __init__(self, model: Path, device="cpu", threshold: float = 0.3):
-        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor, SamModel, SamProcessor
+        from transformers import AutoProcessor, SamProcessor
 
         self.device, self.threshold = device, threshold
         boxes, masks = find(model, "grounding_dino"), find(model, "sam")
         self.box_processor, self.mask_processor = AutoProcessor.from_pretrained(boxes), SamProcessor.from_pretrained(masks)
-        self.box_network = AutoModelForZeroShotObjectDetection.from_pretrained(boxes).eval().to(device)
-        self.mask_network = SamModel.from_pretrained(masks).eval().to(device)
+        self.box_network = load_network(boxes, "AutoModelForZeroShotObjectDetection", torch.float32).to(device)
+        self.mask_network = load_network(masks, "SamModel", torch.float32).to(device)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, noun: str) -> Image.Image | None:
         """The mask of the most certain `noun` in the image, 8 bits, 255 inside; None where there is none."""
         image = image.convert("RGB")
         text = noun.lower().strip().rstrip(".") + "."  # GroundingDINO reads lower case and a full stop after each noun
-        inputs = self.box_processor(images=image, text=text, return_tensors="pt").to(self.device)
+        inputs = self.box_processor(images=image, text=text, truncation=True, max_length=self.box_network.config.max_text_len,
+                                    return_tensors="pt").to(self.device)
         found = self.box_processor.post_process_grounded_object_detection(
             self.box_network(**inputs), inputs.input_ids, threshold=self.threshold, text_threshold=self.threshold,
             target_sizes=[image.size[::-1]])[0]

@@ -1,6 +1,8 @@
 """T5's tokens and both readings of <cls>, DINOv2 and CLIP tokens, Grounded SAM with random weights: all beside transformers."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import encoders
 import toy_networks
@@ -196,3 +199,25 @@ def test_grounded_sam_takes_the_surest_box_and_the_surest_mask(segmenter, monkey
     segment.mask_network = lambda **_: SimpleNamespace(pred_masks=masks, iou_scores=torch.tensor([[[0.1, 0.8, 0.5]]]))
     assert segment(picture, "fox").getbbox() == (10, 20, 40, 45)
     assert asked == [[[[10.0, 20.0, 40.0, 45.0]]]]
+
+
+def test_a_long_caption_is_cut_where_grounding_dino_ends(segmenter):
+    """Its positions end at max_text_len, 16 here; what lies behind is not read."""
+    picture, asked = Image.fromarray(np.random.default_rng(1).integers(0, 255, (50, 90, 3), dtype=np.uint8)), []
+    segment = GroundedSAM(segmenter, threshold=0.0)
+    segment.box_network.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    for caption in ("a fox. " * 30, "a fox. " * 100):
+        segment(picture, caption)
+    assert len(asked[0]) == 16 and asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("part,key", [("grounding_dino", "model.encoder.layers.0.deformable_layer.fc1.weight"),
+                                      ("sam", "mask_decoder.iou_prediction_head.proj_in.weight")])
+def test_grounded_sam_with_tensors_missing_is_refused(part, key, segmenter, tmp_path):
+    shutil.copytree(segmenter, tmp_path / "grounded")
+    file = tmp_path / "grounded" / part / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[key]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BadInput, match=f"{part} do not fit its config.json: 1 missing .{re.escape(key)}"):
+        GroundedSAM(tmp_path / "grounded")
