@@ -14,10 +14,10 @@ import argparse
 import json
 import time
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -35,6 +35,12 @@ def shard_file(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
+def missing(folder: Path, length: int) -> dict[int, int]:
+    """The files that a cache of `length` examples lacks, and how many examples each will hold."""
+    sizes = (min(SHARD, length - low) for low in range(0, length, SHARD))
+    return {number: size for number, size in enumerate(sizes) if not shard_file(folder, number).exists()}
+
+
 class Cache:
     """A dataset that is encoded already: item i is what Encoder made of example i."""
 
@@ -44,9 +50,9 @@ class Cache:
             self.folder, self.length, self.settings = folder, index["length"], index["settings"]
         except KeyError as error:
             raise BadInput(f"{folder / 'index.json'} is not the index of a cache: it has no {error}.") from error
-        missing = [file.name for file in map(partial(shard_file, folder), range(-(-self.length // SHARD))) if not file.exists()]
-        if missing:
-            raise BadInput(f"The cache {folder} is not whole: it lacks {checkpoint.some(missing)}. Run the command that began "
+        lacking = [shard_file(folder, number).name for number in missing(folder, self.length)]
+        if lacking:
+            raise BadInput(f"The cache {folder} is not whole: it lacks {checkpoint.some(lacking)}. Run the command that began "
                            f"it again; it goes on where it was.")
 
     def __len__(self) -> int:
@@ -81,7 +87,11 @@ class Cache:
 @lru_cache(maxsize=256)
 def open_shard(file: Path) -> tuple[safe_open, dict[str, list[str]]]:
     """A memory-mapped file of the cache, and the names of each example's tensors in it."""
-    opened, names = safe_open(file, "pt"), {}
+    try:
+        opened, names = safe_open(file, "pt"), {}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is truncated or damaged ({error}): remove it, and run the command that wrote the cache again; it "
+                       f"writes what is missing.") from error
     for key in opened.keys():
         i, name = key.split(".")
         names.setdefault(i, []).append(name)
@@ -116,16 +126,16 @@ def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ran
     ranks.wait()  # all have looked
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_parts(folder)
         with checkpoint.replace_when_whole(folder / "index.json") as part:
             part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    todo = [number for number in range(-(-length // SHARD)) if not shard_file(folder, number).exists()]
+    todo = missing(folder, length)
     ranks.wait()  # all have looked at the same files; what is left is shared out
-    todo = todo[ranks.rank :: ranks.world]
-    count = sum(min(SHARD, length - number * SHARD) for number in todo)
-    with tqdm(total=count, unit="example", desc=folder.name, disable=not ranks.first, dynamic_ncols=True) as bar:
-        for number in todo:
+    mine = list(todo.items())[ranks.rank :: ranks.world]
+    with tqdm(total=sum(size for _, size in mine), unit="example", desc=folder.name, disable=not ranks.first, dynamic_ncols=True) as bar:
+        for number, size in mine:
             tensors = {"null.text": encoder.null} if number == 0 else {}
-            for i in range(number * SHARD, min((number + 1) * SHARD, length)):
+            for i in range(number * SHARD, number * SHARD + size):
                 tensors |= {f"{i}.{name}": tensor.contiguous() for name, tensor in encoder.encode(dataset[i], i, seed).items()}
                 bar.update()
             with checkpoint.replace_when_whole(shard_file(folder, number)) as part:
@@ -159,6 +169,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.reference_frames < 1:
         raise BadInput(f"--reference-frames {args.reference_frames}: choose 1 or more.")
+    if args.data is not None and (Path(args.data) / "index.json").exists():
+        raise BadInput(f"--data {args.data} is a cache already: give the dataset that it was made of.")
     ranks = distributed.start(args.device)
     folder = checkpoint.resolve(args.model)
     config = read_config(checkpoint.need(folder, "transformer"))
@@ -169,14 +181,17 @@ def run(args: argparse.Namespace) -> None:
                       args.reference_frames)
     clip = readers.clip_of(args, config)
     dataset, length = readers.open_data(args.data, args.stream, args.count, 4000, clip, args, encoder, args.out)
-    started = time.perf_counter()
+    started, new = time.perf_counter(), sum(missing(args.out, length).values())
     about = {"data": args.data, "clip": asdict(clip) if args.data else {}, "share": args.share}
     written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})
     if ranks.first:
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in args.out.glob("shard-*"))
-        print(f"wrote {args.out}: {len(written):,} examples, {size / len(written) / 1e3:,.1f} kB each, "
-              f"{len(written) / seconds:.1f} examples/s")
+        print(f"wrote {args.out}: {len(written):,} examples, {size / len(written) / 1e3:,.1f} kB each; {new:,} of them now, at "
+              f"{new / seconds:.1f} examples/s")
+        if (args.out / "skipped.jsonl").exists():
+            skipped = len((args.out / "skipped.jsonl").read_text(encoding="utf-8").splitlines())
+            print(f"{skipped:,} skipped, see {args.out / 'skipped.jsonl'}")
 
 
 def main(argv: list[str] | None = None) -> int:

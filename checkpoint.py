@@ -222,6 +222,12 @@ def replace_when_whole(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def remove_parts(folder: Path) -> None:
+    """Removes what replace_when_whole() left below `folder` when its process was killed. Only while nobody writes there."""
+    for part in folder.rglob(".part-*"):
+        part.unlink(missing_ok=True)
+
+
 def fingerprint(*folders: Path | None) -> str:
     """Tells weights apart without reading them whole: by the names, the sizes, and 16 samples of each of the safetensors in
     the folders."""

@@ -63,6 +63,26 @@ def test_what_is_there_is_not_encoded_again(base, ranks, tmp_path):
         write(data="elsewhere")
 
 
+def test_a_file_that_is_cut_off_is_named_and_written_again(base, ranks, tmp_path):
+    """And what a killed run has left half written goes."""
+    encoder, folder = Encoder(base, "token", toy_networks.TOKENS, "cpu"), tmp_path / "cache"
+    write = lambda: write_cache(folder, Toy("pairs"), 7, encoder, ranks, 0, stored_settings(encoder, "pairs"))
+    write()
+    file = shard_file(folder, 1)
+    content = file.read_bytes()
+    for cut in (content[: len(content) // 2], content[:100], b""):
+        cache.open_shard.cache_clear()
+        file.write_bytes(cut)
+        with pytest.raises(BadInput, match=f"{file} is truncated or damaged .*: remove it, and run the command"):
+            Cache(folder)[3]
+    file.unlink()
+    (folder / ".part-abc.safetensors").write_bytes(content[:100])
+    (folder / "cutouts").mkdir()
+    (folder / "cutouts" / ".part-abc.png").touch()
+    write()
+    assert file.read_bytes() == content and not list(folder.rglob(".part-*"))
+
+
 def test_a_cache_for_something_else_is_refused(base, ranks, tmp_path):
     encoder = Encoder(base, "token", toy_networks.TOKENS, "cpu", reference_frames=2)
     written = write_cache(tmp_path / "cache", Toy("videos"), 2, encoder, ranks, 0, stored_settings(encoder, "videos"))
