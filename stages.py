@@ -2,11 +2,12 @@
 
     STAGE/000/000012.json     the record of sample 12, written when all else of it is: a run that was stopped at any moment
                               goes on with the samples that have none
-    STAGE/settings.json       what the stage was begun with
+    STAGE/settings.json       what the stage was begun with, and a digest of its samples: where either changes it must be begun anew
     STAGE.jsonl               the manifest: all records, when there are all
     STAGE.png                 a sheet of what was kept and what was thrown away; STAGE-scores.png: how scores are distributed
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -49,10 +50,12 @@ class Run:
         work(samples) yields each sample, grown, when its files are written. show(sample): the files on the sheet.
         limits: the least that each score may be; a sample that falls short is dropped, and why is said.
         """
+        digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:16]
+        self.check_settings(name, {**settings, **limits, "samples": digest})
         if (self.out / f"{name}.jsonl").exists():
-            self.check_settings(name, settings | limits)
             return self.say(name)
-        self.check_settings(name, settings | limits)
+        if self.ranks.first:
+            checkpoint.remove_parts(self.out / name)
         todo = [sample for sample in samples if not self.path(name, sample["id"], ".json").exists()]
         self.ranks.wait()  # all have looked at the same records; what is left is shared out
         todo = todo[self.ranks.rank :: self.ranks.world]
@@ -85,7 +88,7 @@ class Run:
         file = self.out / name / "settings.json"
         if file.exists():
             old = checkpoint.read_json(file)
-            for key in sorted(old.keys() | settings.keys()):
+            for key in dict.fromkeys([*settings, *old]):
                 if old.get(key) != settings.get(key):
                     raise BadInput(f"The stage {name} in {self.out} was begun with {key} = {old.get(key)}, and now it is "
                                    f"{settings.get(key)}: remove {name} and {name}.jsonl and those of the later stages, or choose "

@@ -35,7 +35,7 @@ import distributed
 import media
 import world
 from checkpoint import BadInput, exit_status
-from encoders import GroundedSAM
+from encoders import GroundedSAM, find
 from flow import Flow, flow_magnitude
 from pipeline import Request, Sampler
 from readers import CLASSES
@@ -60,6 +60,7 @@ TEMPLATES = {  # {} is the label. What a subject does depends on what it is; our
 }
 INSTRUCTION = ("Rewrite this description of a short video as one vivid sentence. Keep the {label} and everything that is said "
                "about it. Answer with the sentence alone.\n\n{text}")
+SAMPLED_BY = ("transformer", "vae", "text_encoder")  # the networks of a model that make a picture or video
 CHUNK = 64  # samples that a network is loaded for at a time, at least
 
 
@@ -115,14 +116,16 @@ def source(run: Run, args: argparse.Namespace) -> None:
                     image = media.open_image(sample["image"])
                 mask = segment(image, sample["label"]) if segment else media.alpha_mask(image)
                 if segment and mask is None:
-                    raise BadInput(f"no {sample['label']} was found")
+                    yield {**sample, "image": str(sample["image"]), "kept": False, "why": f"not found: no {sample['label']}"}
+                    continue
                 image = media.cut_out(image, mask) if mask is not None else image.convert("RGB")
                 yield {**sample, "image": save_picture(run, "source", sample["id"], image)}
             except BadInput as error:
                 yield {**sample, "image": str(sample["image"]), "kept": False, "why": f"unreadable: {error}"}
 
+    made_by = weights_of(args.model, "grounding_dino", "sam") if args.segment else None
     run.stage("source", samples, {"source": args.source and str(args.source), "count": args.count, "seed": args.seed,
-                                  "segment": args.segment}, work, lambda sample: [Path(sample["image"])], {})
+                                  "segment": args.segment, "weights": made_by}, work, lambda sample: [Path(sample["image"])], {})
 
 
 def source_rows(table: Path) -> list[dict]:
@@ -130,7 +133,7 @@ def source_rows(table: Path) -> list[dict]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file)) if table.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise BadInput(f"--source {table} cannot be read: {error}.") from error
     if not rows:
         raise BadInput(f"--source {table} is empty.")
@@ -160,7 +163,8 @@ def prompt(run: Run, args: argparse.Namespace) -> None:
             yield sample
 
     digest = hashlib.sha256(json.dumps(templates).encode()).hexdigest()[:16]
-    run.stage("prompt", samples, {"templates": digest, "llm": args.llm, "prompts": args.prompts, "seed": args.seed}, work,
+    made_by = {"llm": args.llm, "weights": checkpoint.fingerprint(checkpoint.resolve(args.llm)) if args.llm else None}
+    run.stage("prompt", samples, {"templates": digest, **made_by, "prompts": args.prompts, "seed": args.seed}, work,
               lambda sample: [Path(sample["image"])], {})
 
 
@@ -170,11 +174,15 @@ def templates_of(args: argparse.Namespace) -> dict:
         return TEMPLATES if args.source else world.templates()
     templates = checkpoint.read_json(args.templates)
     motion = templates.get("motion")
-    lists = [templates.get(name) for name in ("style", "texture", "colour", "background")]
-    lists += [motion.get(kind) for kind in CLASSES] if isinstance(motion, dict) else [motion]
-    if not all(isinstance(of, list) and all(isinstance(text, str) for text in of) for of in lists) or not lists[3] or not any(lists[:3]):
+    looks = [templates.get(name) for name in ("style", "texture", "colour")]
+    others = [templates.get("background"), *([motion.get(kind) for kind in CLASSES] if isinstance(motion, dict) else [motion])]
+    whole = all(isinstance(of, list) and all(isinstance(text, str) for text in of) for of in looks + others)
+    if not whole or not any(looks) or not all(others):
         raise BadInput(f"--templates {args.templates} must have lists of texts for style, texture, colour, background, and motion, "
-                       f"the last for each of {', '.join(CLASSES)} or for all.")
+                       f"the last for each of {', '.join(CLASSES)} or for all; none is empty, but for two of the first three.")
+    for text in sum(looks, []):
+        if not text.count("{}") == text.count("{") == text.count("}") == 1:
+            raise BadInput(f"--templates {args.templates}: {text!r} must have {{}} once, where the label goes, and no other braces.")
     return templates
 
 
@@ -227,7 +235,8 @@ def customize(run: Run, args: argparse.Namespace) -> None:
                 picture = Image.fromarray(media.video_to_frames(video)[0])
                 yield {**sample, "customized": save_picture(run, "customize", sample["id"], picture)}
 
-    made_by = {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side, "seed": args.seed}
+    made_by = {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side, "seed": args.seed,
+               "weights": weights_of(args.model, *SAMPLED_BY), "adapter's weights": checkpoint.fingerprint(sampler.adapter_file)}
     run.stage("customize", run.samples("prompt"), made_by, work, lambda sample: [Path(sample["image"]), Path(sample["customized"])], {})
 
 
@@ -241,7 +250,8 @@ def filter_images(run: Run, args: argparse.Namespace) -> None:
             yield {**sample, "clip-text": networks.text([picture], sample["image_text"])[0],
                    "dino-identity": networks.identity([subject], [picture])[0]}
 
-    run.stage("filter-images", run.samples("customize"), {"model": args.model}, work,
+    made_by = {"model": args.model, "weights": weights_of(args.model, "clip", "dino")}
+    run.stage("filter-images", run.samples("customize"), made_by, work,
               lambda sample: [Path(sample["image"]), Path(sample["customized"])],
               {"clip-text": args.clip_text, "dino-identity": args.dino_identity})
 
@@ -260,7 +270,7 @@ def fit(run: Run, args: argparse.Namespace) -> None:
             picture = media.fit(picture, made.height, made.width, "crop")
             yield {**sample, "fitted": save_picture(run, "fit", sample["id"], picture)}
 
-    run.stage("fit", run.samples("filter-images"), {"i2v": args.i2v, "inpaint": args.inpaint}, work,
+    run.stage("fit", run.samples("filter-images"), {"size": f"{made.width}x{made.height}", "inpaint": args.inpaint}, work,
               lambda sample: [Path(sample["customized"]), Path(sample["fitted"])], {})
 
 
@@ -297,7 +307,8 @@ def animate(run: Run, args: argparse.Namespace) -> None:
                 media.save_video(media.video_to_frames(video), request.out, settings.fps, {"text": sample["text"]})
                 yield {**sample, "video": str(request.out.relative_to(run.out))}
 
-    run.stage("animate", run.samples("fit"), {"i2v": args.i2v, "steps": args.steps, "seed": args.seed}, work,
+    made_by = {"i2v": args.i2v, "weights": weights_of(args.i2v, *SAMPLED_BY), "steps": args.steps, "seed": args.seed}
+    run.stage("animate", run.samples("fit"), made_by, work,
               lambda sample: [Path(sample["image"]), Path(sample["video"])], {})
 
 
@@ -319,7 +330,9 @@ def filter_videos(run: Run, args: argparse.Namespace) -> None:
 
     if run.ranks.first:
         print(f"filter-videos: optical flow by {flow.name}")
-    run.stage("filter-videos", run.samples("animate"), {"model": args.model, "flow-by": flow.name}, work,
+    made_by = {"model": args.model, "weights": weights_of(args.model, "dino"), "seed": args.seed, "flow-by": flow.name,
+               "flow's weights": checkpoint.fingerprint(args.raft) if args.raft else None}
+    run.stage("filter-videos", run.samples("animate"), made_by, work,
               lambda sample: [Path(sample["image"]), Path(sample["video"])],
               {"dino-consecutive": args.dino_consecutive, "dino-random": args.dino_random, "flow": args.flow})
 
@@ -334,6 +347,11 @@ def triplets(run: Run, args: argparse.Namespace) -> None:
         with checkpoint.replace_when_whole(run.out / "triplets.jsonl") as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"wrote {run.out / 'triplets.jsonl'}: {len(rows)} triplets; python train_sugar.py --data {run.out} trains on them")
+
+
+def weights_of(model: str, *parts: str) -> str:
+    """Tells these networks of a model from others."""
+    return checkpoint.fingerprint(*(find(checkpoint.resolve(model), part) for part in parts))
 
 
 def seed_of(seed: int, name: str) -> int:
@@ -371,6 +389,10 @@ def check(args: argparse.Namespace, device: str) -> None:
         Similarity(checkpoint.resolve(args.model))
     if "filter-videos" in args.stages:
         Flow(args.raft)
+        made = Sampler(args.i2v, None, device).defaults() if args.raft and "animate" in args.stages else None
+        if made and min(made.height, made.width) < 121:
+            raise BadInput(f"--raft {args.raft}: RAFT needs videos of at least 121 pixels a side, and those of --i2v {args.i2v} have "
+                           f"{made.width}x{made.height}; without --raft a classical estimator stands in.")
 
 
 def run(args: argparse.Namespace) -> None:

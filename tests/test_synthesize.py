@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 import torch
 from cli import ROOT
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import figures
 import media
@@ -40,6 +43,11 @@ def finish(process: subprocess.Popen) -> str:
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err[-3000:]
     return out
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
 
 
 def manifests(out: Path) -> dict[str, list[dict]]:
@@ -81,7 +89,11 @@ def test_killed_at_any_moment_and_run_again_is_the_undisturbed_run(whole, base, 
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("*/000/*.json")}
+    assert len(written) >= wanted
+    (tmp_path / "run" / "source" / "000" / ".part-abc.png").touch()  # as a kill in the midst of writing leaves it
     finish(start(base, tmp_path / "run", f"{ANY} --count 3 --prompts 2"))
+    assert written == {file: file.stat().st_mtime_ns for file in written}, "no sample twice"
     assert manifests(tmp_path / "run") == manifests(whole[0])
     for file in whole[0].rglob("*.png"):
         if file.parent != whole[0]:
@@ -142,6 +154,37 @@ def test_a_table_of_pictures_and_a_broken_one_among_them(base, tmp_path, capfd):
     assert dog["image_text"] != dog["text"] and " a axe" not in f' {axe["text"]}'
 
 
+def test_subjects_that_are_not_found_have_a_reason_of_their_own(base, tmp_path, monkeypatch, capfd):
+    found = lambda image, label: Image.new("L", image.size, 255) if label == "dog" else None
+    monkeypatch.setattr(synthesize, "GroundedSAM", lambda *_: found)
+    monkeypatch.setattr(synthesize, "weights_of", lambda *_: "of the stub")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "dog.png")
+    (tmp_path / "source.csv").write_text("image,label\ndog.png,dog\ngone.png,dog\ndog.png,teapot\n")
+    assert synthesize.main(arguments(base, tmp_path / "run", f"--stages source --source {tmp_path / 'source.csv'} --segment")) == 0
+    assert "source: kept 1, dropped 2 (1 unreadable; 1 not found)" in capfd.readouterr().out
+    assert manifests(tmp_path / "run")["source"][2]["why"] == "not found: no teapot"
+
+
+def test_templates_of_ones_own(base, tmp_path, capfd):
+    """Through the chain; those that could not be filled in are refused before it begins."""
+    own = {"style": ["{} as a stamp"], "texture": [], "colour": [], "background": ["at sea"],
+           "motion": {"animal": ["barks"], "active object": ["hums"], "static object": ["stands"]}}
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "source.csv").write_text("image,label\na.png,dog\na.png,teapot\na.png,owl\n")
+    run = f"--stages source prompt --source {tmp_path / 'source.csv'} --templates {tmp_path / 'own.json'}"
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    assert synthesize.main(arguments(base, tmp_path / "run", run)) == 0
+    texts = ["dog as a stamp barks at sea", "teapot as a stamp stands at sea", "owl as a stamp hums at sea"]
+    assert [row["text"] for row in manifests(tmp_path / "run")["prompt"]] == texts
+    for change, phrase in (({"style": ["a {label}"]}, "'a {label}' must have {} once"), ({"style": ["a thing"]}, "'a thing' must have {} once"),
+                           ({"colour": ["a {} in {}"]}, "'a {} in {}' must have"), ({"background": []}, "none is empty"),
+                           ({"style": []}, "none is empty"), ({"motion": []}, "none is empty"),
+                           ({"motion": {**own["motion"], "animal": []}}, "none is empty"), ({"motion": {"animal": ["barks"]}}, "lists of texts")):
+        (tmp_path / "own.json").write_text(json.dumps({**own, **change}))
+        assert synthesize.main(arguments(base, tmp_path / "other", run)) == 2
+        assert phrase in capfd.readouterr().err and not (tmp_path / "other").exists()
+
+
 def test_texts_are_made_of_the_templates(seed):
     for i in range(30):
         made = synthesize.compose(synthesize.TEMPLATES, "owl", "animal", (seed, i))
@@ -190,6 +233,19 @@ def test_an_inpainting_function_can_be_hooked_in(monkeypatch):
         synthesize.hook("nowhere:black")
 
 
+def test_the_fit_stage_inpaints_the_padding_alone(base, tmp_path, monkeypatch):
+    """A picture of 48x32 for videos of 64x64: a sixth of the height is padding, above and below."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    (tmp_path / "run").mkdir()
+    Image.new("RGB", (48, 32), "white").save(tmp_path / "run" / "wide.png")
+    row = {"id": "000000-0", "label": "sheet", "customized": "wide.png", "kept": True}
+    (tmp_path / "run" / "filter-images.jsonl").write_text(json.dumps(row) + "\n")
+    assert synthesize.main(arguments(base, tmp_path / "run", "--stages fit --inpaint test_synthesize:black")) == 0
+    [row] = manifests(tmp_path / "run")["fit"]
+    fitted = np.asarray(Image.open(tmp_path / "run" / row["fitted"]).convert("L"))
+    assert fitted.shape == (64, 64) and fitted[:8].max() == fitted[-8:].max() == 0 and fitted[14:50].min() == 255
+
+
 @pytest.mark.parametrize("more,phrase", [
     ("--stages customize", "run the stage prompt first"), ("--count 0", "--count 0: choose 1 or more"),
     ("--source nowhere.csv", "--source nowhere.csv cannot be read"), ("--i2v {base}", "is no image-to-video model"),
@@ -214,6 +270,40 @@ def test_other_settings_are_refused_by_name(base, tmp_path, capfd):
     assert synthesize.main(arguments(base, tmp_path / "run", "--stages source --count 2")) == 0
     assert synthesize.main(arguments(base, tmp_path / "run", "--stages source --count 3")) == 2
     assert "was begun with count = 2, and now it is 3" in capfd.readouterr().err
+
+
+def test_a_table_that_has_changed_is_refused(base, tmp_path, capfd):
+    """At its own stage, and where only that one was removed, at the next."""
+    table, out = tmp_path / "source.csv", tmp_path / "run"
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    table.write_text("image,label\na.png,dog\na.png,axe\n")
+    again = lambda: synthesize.main(arguments(base, out, f"--stages source prompt --source {table}"))
+    assert again() == again() == 0
+    table.write_text("image,label\na.png,axe\na.png,dog\n")
+    capfd.readouterr()
+    assert again() == 2 and f"The stage source in {out} was begun with samples = " in capfd.readouterr().err
+    shutil.rmtree(out / "source")
+    (out / "source.jsonl").unlink()
+    assert again() == 2 and f"The stage prompt in {out} was begun with samples = " in capfd.readouterr().err
+
+
+def test_other_weights_in_the_same_place_are_refused(base, tmp_path, capfd):
+    shutil.copytree(base, tmp_path / "toy")
+    again = lambda: synthesize.main(arguments(tmp_path / "toy", tmp_path / "run", f"{ANY} --stages source prompt customize filter-images --count 1"))
+    assert again() == again() == 0
+    for part, stage, name in (("clip", "filter-images", "weights"), ("switch", "customize", "adapter's weights"), ("vae", "customize", "weights")):
+        [file] = (tmp_path / "toy" / part).glob("*.safetensors")
+        before = file.read_bytes()
+        save_file({key: tensor + 1 for key, tensor in load_file(file).items()}, file, metadata_of(file))
+        assert again() == 2 and f"The stage {stage} in {tmp_path / 'run'} was begun with {name} = " in capfd.readouterr().err
+        file.write_bytes(before)
+    assert again() == 0
+
+
+def test_raft_is_refused_for_small_videos_before_any_is_made(base, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(synthesize, "Flow", lambda *_: None)
+    assert synthesize.main(arguments(base, tmp_path / "run", "--raft raft.pth")) == 2
+    assert "at least 121 pixels a side" in capfd.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_histogram_marks_what_is_dropped():
