@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import BadInput, read_header, replace_when_whole, some
 
@@ -61,15 +62,27 @@ class LoRA:
         """The layer without its LoRA."""
         return super().forward(x)
 
+    def low(self, x: Tensor) -> Tensor:
+        """A dropout(x). The backward pass drops the same once more: to keep what was left of x would take x's size for each layer."""
+        low = lambda x: self.lora_A(self.lora_dropout(x))
+        again = self.training and self.lora_dropout.p > 0 and not torch.compiler.is_compiling()
+        return checkpoint(low, x, use_reentrant=False) if again else low(x)
+
     def update(self, x: Tensor) -> Tensor:
-        return self.lora_scale * self.lora_B(self.lora_A(self.lora_dropout(x)))
+        return self.lora_B(self.lora_scale * self.low(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.update(x)
+        return self.base(x).add_(self.update(x))  # in place: no backward pass asks for what the base gave
 
 
 class LoRALinear(LoRA, nn.Linear):
     """A linear layer with a LoRA: A [rank, in], B [out, rank]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, shape = x.flatten(0, -2), x.shape[:-1]
+        low = self.low(x)
+        y = self.base(x).addmm_(low, self.lora_B.weight.t(), alpha=self.lora_scale)  # the update is never there by itself
+        return y.unflatten(0, shape)
 
 
 class LoRAConv2d(LoRA, nn.Conv2d):
@@ -85,10 +98,9 @@ def on_tokens(layer: nn.Module, x: Tensor, tokens: slice | None) -> Tensor:
     """layer(x) for x [B, L, d], its LoRA (where it has one) only on `tokens` of the sequence; None means on all."""
     if tokens is None or not isinstance(layer, LoRA):
         return layer(x)
-    y, length = layer.base(x), x.shape[1]
-    low, high, _ = tokens.indices(length)
-    update = layer.update(x[:, low:high])
-    return y + nn.functional.pad(update, (0, 0, low, length - high))
+    y = layer.base(x)
+    y[:, tokens].add_(layer.update(x[:, tokens]))
+    return y
 
 
 def targets(model: nn.Module, names: tuple[str, ...] = SWITCH_TARGETS) -> Iterator[tuple[str, nn.Module]]:

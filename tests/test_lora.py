@@ -6,14 +6,16 @@ import pytest
 import torch
 from conftest import VARIANTS, randomize, relative_error
 from diffusers import CogVideoXTransformer3DModel
+from memory import live
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import their_forward
 
+import distributed
 from checkpoint import BadInput
-from lora import (METADATA, RELEASED, SWITCH_TARGETS, Adapter, check_adapter, find_adapter, inject,
-                  lora_state_dict, merge, read_adapter, save_adapter)
+from lora import (METADATA, RELEASED, SWITCH_TARGETS, Adapter, check_adapter, find_adapter, inject, lora_state_dict, merge,
+                  on_tokens, read_adapter, save_adapter)
 from model import Config, Transformer
 
 # The list in Switch's public code, which PEFT matches against the ends of names.
@@ -98,6 +100,57 @@ def test_merged_is_the_same(pair):
     merge(ours)
     assert set(ours.state_dict()) == keys
     assert relative_error(ours(**inputs), before) < 1e-5
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("tokens", [None, slice(100, 130)])
+def test_a_lora_needs_no_more_activations_than_its_layer(dropout, grad, tokens):
+    layer, x = torch.nn.Linear(256, 256), torch.randn(2, 500, 256, requires_grad=grad)
+    inject(torch.nn.ModuleDict({"to_q": layer}), rank=4, dropout=dropout)
+    layer.train()
+    with torch.set_grad_enabled(grad):
+        peak, kept = live(lambda: on_tokens(layer, x, tokens))
+    assert kept < 1.15 * x.nbytes  # its outcome, and what rank 4 or 30 tokens need
+    assert peak < (2.01 if dropout and tokens is None else 1.25) * x.nbytes  # dropout's mask and outcome, for a moment
+
+
+@pytest.mark.parametrize("tokens", [None, slice(3, 5)])
+def test_the_backward_pass_drops_what_the_forward_pass_dropped(tokens, seed):
+    layer, x = torch.nn.Linear(6, 10), torch.randn(2, 7, 6, requires_grad=True)
+    inject(torch.nn.ModuleDict({"to_q": layer}), rank=3, alpha=2.0, dropout=0.4)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    A, B, somebody_else, grads = layer.lora_A.weight, layer.lora_B.weight, torch.randn(5), []
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        part = slice(0, 7) if tokens is None else tokens
+        update = 2.0 / 3 * torch.nn.functional.dropout(x[:, part], 0.4) @ A.T @ B.T
+        return layer.base(x) + torch.nn.functional.pad(update, (0, 0, part.start, 7 - part.stop))
+
+    for forward in (layer.train() and (lambda x: on_tokens(layer, x, tokens)), by_hand):
+        torch.manual_seed(seed)
+        loss = forward(x).square().sum()
+        somebody_else.normal_()
+        grads.append(torch.autograd.grad(loss, (x, A, B)))
+    assert all(relative_error(ours, theirs) < 1e-5 for ours, theirs in zip(*grads))
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_recomputed_blocks_drop_the_same(keep_attention, seed):
+    model, inputs = Transformer(Config(**VARIANTS["5b"])), given()
+    randomize(model)
+    inject(model, rank=4, dropout=0.3)
+    grads = []
+    for recompute in (False, True):
+        if recompute:
+            distributed.recompute_blocks(list(model.transformer_blocks), keep_attention)
+        torch.manual_seed(seed)
+        loss = model.train()(**inputs).square().mean()
+        grads.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+    assert all(torch.equal(one, other) for one, other in zip(*grads))
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
