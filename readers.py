@@ -181,8 +181,8 @@ def csv_rows(file: Path, lines):
             broken.append(str(number))
         yield row
     if broken and place()[0] == 0:
-        print(f"warning: {file} has line breaks inside fields, in row {checkpoint.some(broken)}; if a quote is left open there, the rows "
-              f"behind it are lost", file=sys.stderr)
+        print(f"warning: {file} has line breaks inside fields, in row {checkpoint.some(broken)}; if a quote is left open there, the "
+              f"rows behind it are lost", file=sys.stderr)
 
 
 def json_rows(file: Path, lines):
@@ -244,7 +244,8 @@ class Subjects200K:
                 self.lost[file], groups = str(error), []
                 self.rows.append((file, 0, 0))
             count += sum(map(len, groups))
-            self.rows += [(file, group, row) for group, table in enumerate(groups) for row, about in enumerate(table) if self.good(about)]
+            self.rows += [(file, group, row) for group, table in enumerate(groups) for row, about in enumerate(table)
+                          if self.good(about)]
         lost, kept = checkpoint.some(list(self.lost.values()), 1), len(self.rows) - len(self.lost)
         if len(self.lost) == len(files):
             raise BadInput(f"None of the parquet files in {path} can be read: {lost}.")
@@ -394,7 +395,7 @@ class Triplets:
             except (ValueError, KeyError, TypeError) as error:
                 raise BadInput(f'Line {number} of {self.path} is no object with "video", "text" and "image".') from error
             if not all(isinstance(value, str) for value in (*self.rows[-1][:3], row.get("noun") or "")):
-                raise BadInput(f'Line {number} of {self.path}: "video", "text" and "image", and "noun" where there is one, must be texts.')
+                raise BadInput(f'Line {number} of {self.path}: "video", "text", "image", and "noun" where there is one, must be texts.')
         if not self.rows:
             raise BadInput(f"{self.path} is empty.")
 

@@ -48,7 +48,7 @@ def test_switch_trains_on_published_files_and_on_caches_of_them(published, base,
     seed = ["--seed", str(next(seed for seed in range(99) if len(phases(seed)) == 2))]
     files = {"pairs": str(published / "Subjects200K"), "videos": str(published / "videos")}
     for stream, data in files.items():
-        arguments = ["cache", "--as", stream, "--data", data, "--out", str(tmp_path / stream), "--model", str(base), "--device", "cpu", *seed]
+        arguments = ["cache", "--as", stream, "--data", data, "--out", str(tmp_path / stream), *common[:2], "--device", "cpu", *seed]
         assert cache.main(arguments) == 0
         said = capfd.readouterr().out
         assert f"2 skipped, see {tmp_path / stream / 'skipped.jsonl'}" in said

@@ -205,7 +205,8 @@ def test_a_long_caption_is_cut_where_grounding_dino_ends(segmenter):
     """Its positions end at max_text_len, 16 here; what lies behind is not read."""
     picture, asked = Image.fromarray(np.random.default_rng(1).integers(0, 255, (50, 90, 3), dtype=np.uint8)), []
     segment = GroundedSAM(segmenter, threshold=0.0)
-    segment.box_network.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs["input_ids"][0].tolist()), with_kwargs=True)
+    note = lambda _, args, kwargs: asked.append(kwargs["input_ids"][0].tolist())
+    segment.box_network.register_forward_pre_hook(note, with_kwargs=True)
     for caption in ("a fox. " * 30, "a fox. " * 100):
         segment(picture, caption)
     assert len(asked[0]) == 16 and asked[0] == asked[1]

@@ -176,10 +176,11 @@ def test_templates_of_ones_own(base, tmp_path, capfd):
     assert synthesize.main(arguments(base, tmp_path / "run", run)) == 0
     texts = ["dog as a stamp barks at sea", "teapot as a stamp stands at sea", "owl as a stamp hums at sea"]
     assert [row["text"] for row in manifests(tmp_path / "run")["prompt"]] == texts
-    for change, phrase in (({"style": ["a {label}"]}, "'a {label}' must have {} once"), ({"style": ["a thing"]}, "'a thing' must have {} once"),
+    for change, phrase in (({"style": ["a {label}"]}, "'a {label}' must have {} once"), ({"style": ["a thing"]}, "'a thing' must have {}"),
                            ({"colour": ["a {} in {}"]}, "'a {} in {}' must have"), ({"background": []}, "none is empty"),
                            ({"style": []}, "none is empty"), ({"motion": []}, "none is empty"),
-                           ({"motion": {**own["motion"], "animal": []}}, "none is empty"), ({"motion": {"animal": ["barks"]}}, "lists of texts")):
+                           ({"motion": {**own["motion"], "animal": []}}, "none is empty"),
+                           ({"motion": {"animal": ["barks"]}}, "lists of texts")):
         (tmp_path / "own.json").write_text(json.dumps({**own, **change}))
         assert synthesize.main(arguments(base, tmp_path / "other", run)) == 2
         assert phrase in capfd.readouterr().err and not (tmp_path / "other").exists()
@@ -289,9 +290,11 @@ def test_a_table_that_has_changed_is_refused(base, tmp_path, capfd):
 
 def test_other_weights_in_the_same_place_are_refused(base, tmp_path, capfd):
     shutil.copytree(base, tmp_path / "toy")
-    again = lambda: synthesize.main(arguments(tmp_path / "toy", tmp_path / "run", f"{ANY} --stages source prompt customize filter-images --count 1"))
+    more = f"{ANY} --stages source prompt customize filter-images --count 1"
+    again = lambda: synthesize.main(arguments(tmp_path / "toy", tmp_path / "run", more))
     assert again() == again() == 0
-    for part, stage, name in (("clip", "filter-images", "weights"), ("switch", "customize", "adapter's weights"), ("vae", "customize", "weights")):
+    for part, stage, name in (("clip", "filter-images", "weights"), ("switch", "customize", "adapter's weights"),
+                              ("vae", "customize", "weights")):
         [file] = (tmp_path / "toy" / part).glob("*.safetensors")
         before = file.read_bytes()
         save_file({key: tensor + 1 for key, tensor in load_file(file).items()}, file, metadata_of(file))
