@@ -229,17 +229,18 @@ def remove_parts(folder: Path) -> None:
 
 
 def fingerprint(*folders: Path | None) -> str:
-    """Tells weights apart without reading them whole: by the names, the sizes, and 16 samples of each of the safetensors in
-    the folders."""
+    """Tells weights apart by the names, the sizes, and the contents of the config.json and safetensors in the folders: of large files
+    16 samples, as what is trained differs everywhere."""
     digest = hashlib.sha256()
     for folder in folders:
-        for file in sorted(folder.rglob("*.safetensors") if folder.is_dir() else [folder]) if folder is not None else ():
+        files = [] if folder is None else [folder] if folder.is_file() else [*folder.rglob("config.json"), *folder.rglob("*.safetensors")]
+        for file in sorted(files):
             size = file.stat().st_size
             digest.update(f"{file.name} {size} ".encode())
             with file.open("rb") as content:
                 for i in range(16):
                     content.seek(i * size // 16)
-                    digest.update(content.read(2**12))
+                    digest.update(content.read(-(-size // 16) if size < 2**26 else 2**12))
     return digest.hexdigest()[:16]
 
 

@@ -173,13 +173,14 @@ def score(args: argparse.Namespace) -> None:
     device = distributed.start(args.device).device
     scorers = Scorers(device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
                       args.amt, args.viclip)
-    tables = {}
+    weights = checkpoint.fingerprint(*(part for part in (args.own, args.raft, args.amt, args.viclip) if part is not None and part.exists()))
+    by, tables = [args.fps, scorers.by, weights], {}
     for folder in args.folders:
         rows = read_lines(folder / "videos.jsonl")
         check_complete(folder, rows)
         done = {line["of"]: line for line in read_lines(folder / "scores.jsonl")} if (folder / "scores.jsonl").exists() else {}
         done = {of: line for of, line in done.items() if "scores" in line}
-        keys = {row["name"]: key_of(folder, row, scorers, args) for row in rows}
+        keys = {row["name"]: key_of(folder, row, by) for row in rows}
         with (folder / "scores.jsonl").open("a", encoding="utf-8") as file:
             for row in tqdm([row for row in rows if keys[row["name"]] not in done], folder.name, unit="video", dynamic_ncols=True):
                 line = {"of": keys[row["name"]], "name": row["name"], **score_one(folder, row, scorers, args.fps)}
@@ -191,13 +192,10 @@ def score(args: argparse.Namespace) -> None:
     print_table(tables, args.set)
 
 
-def key_of(folder: Path, row: dict, scorers: Scorers, args: argparse.Namespace) -> str:
+def key_of(folder: Path, row: dict, by: list) -> str:
     """What a line of scores.jsonl depends on: the video as it is now, what it was to show, and by what it is scored."""
     about = (folder / "videos" / f"{row['name']}.mp4").stat()
-    weights = [part for part in (args.own, args.raft, args.amt, args.viclip) if part is not None and part.exists()]
-    sizes = [(file.name, file.stat().st_size) for part in weights for file in ([part] if part.is_file() else [])]
-    said = (row, about.st_size, about.st_mtime_ns, args.fps, scorers.by, checkpoint.fingerprint(*(w for w in weights if w.is_dir())), sizes)
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps((row, about.st_size, about.st_mtime_ns, by)).encode()).hexdigest()[:16]
 
 
 def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> dict:

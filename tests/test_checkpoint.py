@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -157,3 +158,19 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
     shutil.rmtree(tmp_path)
+
+
+def test_a_fingerprint_tells_any_byte_of_small_files_and_any_setting(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    (tmp_path / "vae").mkdir()
+    file, config = tmp_path / "vae" / "model.safetensors", tmp_path / "vae" / "config.json"
+    content = bytearray(rng.bytes(int(rng.integers(1, 200_000))))
+    file.write_bytes(content)
+    config.write_text('{"scaling_factor": 1.0}')
+    seen = {checkpoint.fingerprint(tmp_path), checkpoint.fingerprint(file)}
+    content[rng.integers(len(content))] ^= 1
+    file.write_bytes(content)
+    seen |= {checkpoint.fingerprint(tmp_path), checkpoint.fingerprint(file)}
+    config.write_text('{"scaling_factor": 1.1}')
+    seen.add(checkpoint.fingerprint(tmp_path))
+    assert len(seen) == 5 and checkpoint.fingerprint(None, tmp_path) == checkpoint.fingerprint(tmp_path)
