@@ -127,6 +127,9 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return plan_run(config, adapter, folder, args, ranks.world) if ranks.first else None
     check_parallel(args, ranks, config.num_attention_heads)
+    if args.restart:
+        drop_earlier(ranks, *(args.out / name / "checkpoints" for name, _ in runs_of(args)),
+                     *(args.out / kind / "skipped.jsonl" for kind in ("pairs", "videos")))
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)
@@ -153,8 +156,6 @@ def run(args: argparse.Namespace) -> None:
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), reference=reference.to(dtype), **dropped)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
-    if args.restart:
-        drop_earlier(ranks, *(args.out / name / "checkpoints" for name, _ in runs_of(args)))
     for name, steps in runs_of(args):
         out = args.out / name
 

@@ -291,14 +291,14 @@ def state_tensors(trained: dict[str, Tensor], held: dict[str, Tensor], optimizer
     return tensors
 
 
-def drop_earlier(ranks: Ranks, *folders: Path) -> None:
-    """--restart: what an earlier run left goes, so that nobody takes it for this one's. Not when torchrun has started the ranks anew
+def drop_earlier(ranks: Ranks, *parts: Path) -> None:
+    """--restart: what an earlier run left, files and folders, goes, so that nobody takes it for this one's. Not when torchrun has started the ranks anew
     after one died: then it is this run's."""
     if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0):
         return
     if ranks.first:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+        for part in parts:
+            part.unlink() if part.is_file() else shutil.rmtree(part, ignore_errors=True)
     ranks.wait()
 
 
