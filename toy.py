@@ -94,7 +94,7 @@ class VAETask(nn.Module):
 
     def __init__(self, stage: str):
         super().__init__()
-        self.vae = new_vae()
+        self.vae, self.stage = new_vae(), stage
         _, _, _, self.far, self.weight, self.kl = VAE_STAGES[stage]
 
     def forward(self, video: Tensor, masks: Tensor, noise: Tensor) -> Tensor:
@@ -117,6 +117,10 @@ HUBER = partial(F.smooth_l1_loss, beta=0.2)
 VAE_STAGES = {"vae": (10000, 2e-3, ("frames", "clips"), F.l1_loss, 0.0, 1e-3),
               "vae_moving": (8000, 1e-3, ("clips",), HUBER, 0.0, 1e-4),
               "vae_sharp": (9000, 2.5e-3, ("frames", "clips"), HUBER, 4.0, 5e-2)}
+
+
+# Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.
+TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (10000, 2e-3), "i2v": (1500, 1e-3)}
 
 
 class Builder:
@@ -256,17 +260,23 @@ class Builder:
 
     @torch.no_grad()
     def save_scaled_vae(self, task: VAETask) -> None:
-        """scaling_factor makes the latents' deviation 1, as the transformer expects."""
+        """scaling_factor makes the latents' deviation 1, as the transformer expects. When the VAE is finished, a tenth of the latents'
+        noise is left: it has taught the decoder what to ignore, and a small transformer would take long to learn that it is noise."""
+        if task.stage == list(VAE_STAGES)[-1]:
+            _, logvar = task.vae.encoder.conv_out.conv.bias.chunk(2)
+            logvar -= 2 * np.log(10)
         frames = np.stack([world.sample_video(self.rng("scale", i))["video"][:1] for i in range(64)])
         mean, std = task.vae.encode(torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 127.5 - 1)
         task.vae.config.scaling_factor = round(1 / (mean.var() + std.square().mean()).sqrt().item(), 4)
         save_vae(task.vae.half(), self.folder / "vae")
 
     def transformer(self, stage: str) -> None:
-        """The text-to-video base ("base"): clips in all looks and, every other step, twice as many single pictures, as they cost
-        half. Or the image-to-video model ("i2v"): clips."""
-        i2v = stage == "i2v"
+        """The text-to-video base ("base", "base_long"): clips in all looks and, every other step, twice as many single pictures, as
+        they cost half. Or the image-to-video model ("i2v"): clips."""
+        i2v, (steps, lr) = stage == "i2v", TRANSFORMER_STAGES[stage]
         model = new_transformer(**({"in_channels": 32} if i2v else {})).to(self.ranks.device)
+        if stage == "base_long":
+            model.load_state_dict(load_transformer(self.folder / "transformer").state_dict())
         if i2v:
             start_from_base(model, self.folder / "transformer")
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
@@ -295,8 +305,7 @@ class Builder:
             predict = lambda x_t, t: model(half(torch.cat([x_t, first], dim=2) if i2v else x_t), t, half(text))
             return training_loss(predict, x_0, eps, t, alpha_bar)
 
-        weights = self.fit(stage, model, list(model.transformer_blocks), 1500 if i2v else 5000, 1e-3 if i2v else 3e-3, plan, loss_of,
-                           torch.bfloat16)
+        weights = self.fit(stage, model, list(model.transformer_blocks), steps, lr, plan, loss_of, torch.bfloat16)
         if self.ranks.first:
             out = self.folder / "i2v" if i2v else self.folder
             save_tensors(model.config, {key: value.bfloat16() for key, value in weights.items()}, out / "transformer")
@@ -346,7 +355,7 @@ class Builder:
 
 STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino,
           **{stage: partial(Builder.vae, stage=stage) for stage in VAE_STAGES},
-          **{stage: partial(Builder.transformer, stage=stage) for stage in ("base", "i2v")},
+          **{stage: partial(Builder.transformer, stage=stage) for stage in TRANSFORMER_STAGES},
           "switch": Builder.switch, "sugar": Builder.sugar}
 
 
