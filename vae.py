@@ -63,10 +63,11 @@ class CausalConv3d(nn.Module):
                 return F.conv2d(x[:, :, 0], conv.weight.sum(dim=2), conv.bias, padding=conv.padding[1:]).unsqueeze(2)
             if before is None:
                 before = x[:, :, :1].expand(-1, -1, self.past, -1, -1)
-            cache[self] = torch.cat([before, x[:, :, -self.past :]], dim=2)[:, :, -self.past :].clone()  # alone, without the chunk
+            cache[self] = torch.cat([before[:, :, x.shape[2] :], x[:, :, -self.past :]], dim=2)  # a copy, alone, without the chunk
             if x.device.type == "cpu" and x.dtype == torch.float32:
                 return self.by_frames(x, before)
             x = torch.cat([before, x], dim=2)
+            del before  # the chunk before's, and large
         return self.conv(x)
 
     def by_frames(self, x: Tensor, before: Tensor) -> Tensor:
@@ -145,11 +146,11 @@ class Downsample(nn.Module):
         self.time = time
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_) -> Tensor:
         if self.time:
             first, rest = x[:, :, : x.shape[2] % 2], x[:, :, x.shape[2] % 2 :]
             x = torch.cat([first, rest.unflatten(2, (-1, 2)).mean(dim=3)], dim=2) if rest.shape[2] else first
-        return per_frame(self.conv, F.pad(x, (0, 1, 0, 1)))
+        return per_frame(lambda frame: self.conv(F.pad(frame, (0, 1, 0, 1))), x)
 
 
 class Upsample(nn.Module):
@@ -160,7 +161,7 @@ class Upsample(nn.Module):
         self.time = time
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *_) -> Tensor:
         if self.time:
             first = x.shape[2] % 2
             x = torch.cat([x[:, :, :first], x[:, :, first:].repeat_interleave(2, dim=2)], dim=2)
@@ -169,8 +170,7 @@ class Upsample(nn.Module):
 
 def per_frame(f, x: Tensor) -> Tensor:
     """f, which knows [B, C, H, W], on every frame of x [B, C, T, H, W]."""
-    frames = f(x.transpose(1, 2).flatten(0, 1))
-    return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    return torch.stack([f(frame) for frame in x.unbind(2)], dim=2)
 
 
 class Stage(nn.Module):
@@ -186,12 +186,11 @@ class Stage(nn.Module):
         if up is not None:
             self.upsamplers = nn.ModuleList([up])
 
-    def forward(self, x: Tensor, z: Tensor | None, cache: Cache) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x, z, cache)
-        for change in (*getattr(self, "downsamplers", ()), *getattr(self, "upsamplers", ())):
-            x = change(x)
-        return x
+
+def layers(*stages: Stage) -> list[nn.Module]:
+    """What the stages consist of, in order. Called as a whole, a stage would hold its input until it is done."""
+    parts = [getattr(stage, name, ()) for stage in stages for name in ("resnets", "downsamplers", "upsamplers")]
+    return [layer for part in parts for layer in part]
 
 
 class Encoder(nn.Module):
@@ -209,8 +208,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         x = self.conv_in(x, cache)
-        for stage in (*self.down_blocks, self.mid_block):
-            x = stage(x, None, cache)
+        for layer in layers(*self.down_blocks, self.mid_block):
+            x = layer(x, None, cache)
         return self.conv_out(F.silu(self.norm_out(x), inplace=in_place()), cache)
 
 
@@ -229,8 +228,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, cache: Cache) -> Tensor:
         x = self.conv_in(z, cache)
-        for stage in (self.mid_block, *self.up_blocks):
-            x = stage(x, z, cache)
+        for layer in layers(self.mid_block, *self.up_blocks):
+            x = layer(x, z, cache)
         return self.conv_out(F.silu(self.norm_out(x, z, cache), inplace=in_place()), cache)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TINY_VAE, randomize, relative_error
 from diffusers import AutoencoderKLCogVideoX
+from memory import live
 
 from checkpoint import BadInput
 from vae import VAE, VAEConfig, load_vae, save_vae
@@ -35,6 +36,30 @@ def test_encode_and_decode_beside_diffusers(frames, tiled):
         decoded = ours.decode(z)
         assert decoded.shape == (2, 3, frames, height, width)
         assert relative_error(decoded, theirs.decode(z).sample) < 1e-5
+
+
+@torch.no_grad()
+def test_what_is_convolved_in_three_dimensions_beside_diffusers():
+    """As on a GPU: it is float32 on the CPU alone that is convolved frame by frame."""
+    ours, theirs = (network.double() for network in pair(**TINY_VAE))
+    video, z = torch.rand(1, 3, 17, 32, 48).double() * 2 - 1, torch.randn(1, 16, 5, 4, 6).double()
+    mean, decoded = theirs.encode(video).latent_dist.mean, theirs.decode(z).sample
+    assert relative_error(ours.encode(video)[0], mean) < 1e-12 and relative_error(ours.decode(z), decoded) < 1e-12
+    for network in (ours, theirs):
+        network.bfloat16()
+    short_mean, short_decoded = theirs.encode(video.bfloat16()).latent_dist.mean, theirs.decode(z.bfloat16()).sample
+    assert relative_error(ours.encode(video.bfloat16())[0], mean) < 1.2 * relative_error(short_mean, mean)
+    assert relative_error(ours.decode(z.bfloat16()), decoded) < 1.2 * relative_error(short_decoded, decoded)
+
+
+@torch.no_grad()
+def test_memory_at_the_official_size():
+    """Of two chunks; with more of them only the video itself grows."""
+    with torch.device("meta"):
+        ours = VAE(VAEConfig()).bfloat16()
+        video, z = torch.empty(1, 3, 17, 480, 720).bfloat16(), torch.empty(1, 16, 5, 60, 90).bfloat16()
+    assert live(lambda: ours.encode(video))[0] < 4.9e9
+    assert live(lambda: ours.decode(z))[0] < 8.3e9
 
 
 @torch.no_grad()
