@@ -79,10 +79,11 @@ def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, null: T
     return x_0, eps, t, null if drop_text else encoded["text"], encoded["dino"], encoded["clip"], ~drop_dino, ~drop_clip
 
 
-def freeze_first_half(model: Transformer) -> None:
-    """SUGAR-TSF, second stage: "we keep the first half of the model layers frozen", read as blocks 0 to L/2 - 1."""
+def freeze_first_half(model: Transformer, dtype: torch.dtype) -> None:
+    """SUGAR-TSF, second stage: "we keep the first half of the model layers frozen", read as blocks 0 to L/2 - 1. What does not learn
+    needs no more than the type that is computed in."""
     for block in model.transformer_blocks[: len(model.transformer_blocks) // 2]:
-        block.requires_grad_(False)
+        block.requires_grad_(False).to(dtype)
 
 
 def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int) -> None:
@@ -153,7 +154,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
     torch.manual_seed(args.seed)  # for the projections that a plain base lacks
     model = load_transformer(weights, ranks.device, **sugar)
     if stage.frozen:
-        freeze_first_half(model)
+        freeze_first_half(model, dtype)
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute, args.compile)
     alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
 
@@ -175,9 +176,11 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
     state = train(model, options_of(args, out=out), ranks, plan, loss_of, validation, settings)
     if state.step < args.steps:
         return False
-    tensors = distributed.full_state_dict(model)
+    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
+    tensors = distributed.full_state_dict(model, lambda key: key not in frozen)
     if ranks.first:
-        save_tensors(model.config, tensors, out / "transformer")
+        before = load_transformer(weights).state_dict() if frozen else {}  # in float32, as they no longer are here
+        save_tensors(model.config, before | tensors, out / "transformer")
     ranks.wait()  # the next stage begins with what the first rank has just written
     return True
 
