@@ -205,9 +205,14 @@ def recompute_blocks(blocks: list[nn.Module], keep_attention: bool) -> None:
 
 
 def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tensor]:
-    """The whole tensors of a sharded model, on the CPU of every rank. All ranks must call it."""
-    return {key: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
-            for key, value in model.state_dict().items() if wanted(key)}
+    """The whole tensors of a sharded model, on the CPU of the first rank; the others get none. All ranks must call it."""
+    tensors = {}
+    for key, value in model.state_dict().items():
+        if wanted(key):
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if dist.get_rank() == 0:
+                tensors[key] = whole.detach().cpu()
+    return tensors
 
 
 # --- one video on many ranks ------------------------------------------------------------------------------------------
@@ -326,7 +331,7 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
         sent = torch.stack([q, k, v]).unflatten(2, (world, -1)).movedim(2, 0)  # [world, 3, B, heads / world, length, d]
         whole = Trade.apply(sent, group).movedim(0, 3).flatten(3, 4)  # [3, B, heads / world, world * length, d]
         seen = attention(*whole.index_select(3, now["order"]), blocks, keep)
-        padded = seen.new_zeros(B, heads // world, world * length, d).index_copy(2, now["order"], seen)
+        padded = seen.new_zeros(B, heads // world, world * length, d).index_copy_(2, now["order"], seen)
         return Trade.apply(padded.unflatten(2, (world, length)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
 
     def gather(block: nn.Module, args: tuple, out: Tensor) -> Tensor:
