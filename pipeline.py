@@ -7,6 +7,7 @@ image-to-video model as first frame. sample.py is the command line of this file;
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -79,6 +80,12 @@ class Conditions:
     in_turn: bool | None = None  # whether the branches of guidance go one after the other; None: always in one batch
 
 
+@lru_cache(maxsize=8)
+def named(letter: str, *sets: str, device: str) -> Tensor:
+    """Which sets of conditions name the letter, [sets] bool. Made once, as the device would stop for it at every step."""
+    return torch.tensor([letter in conditions for conditions in sets], device=device)
+
+
 def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predictor:
     """The `eps` of diffusion.py's guidance: all the sets of conditions it asks for, predicted in one batch, or
     one after the other: from the start where given.in_turn is True, and from when memory runs out where it is False."""
@@ -86,7 +93,7 @@ def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predic
     def eps(*sets: str) -> list[Tensor]:
         distinct = list(dict.fromkeys(sets))
         n, like = len(distinct), given.text
-        keep = {letter: torch.tensor([letter in conditions for conditions in distinct], device=x.device) for letter in "DC"}
+        keep_dino, keep_clip = (named(letter, *distinct, device=str(x.device)) for letter in "DC")
         repeat = lambda y: None if y is None else y.expand(n, *y.shape[1:])
         x_in = x.to(like)
         if given.first is not None:  # beside the first latent frame (1.5: the one that pads), zeros beside the others
@@ -96,7 +103,7 @@ def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predic
         inputs = (repeat(x_in), torch.full((n,), t, device=x.device),
                   torch.cat([given.text if "T" in conditions else given.null for conditions in distinct]))
         more = dict(reference=repeat(given.reference) if "R" in distinct[0] else None, dino=repeat(given.dino),
-                    clip=repeat(given.clip), keep_dino=keep["D"], keep_clip=keep["C"])
+                    clip=repeat(given.clip), keep_dino=keep_dino, keep_clip=keep_clip)
         if not given.in_turn:
             try:
                 v = model(*inputs, **more)
@@ -178,6 +185,7 @@ class Sampler:
         self.low_memory = False  # blocks of large networks stay in host memory and are streamed
         self.compiled = False  # torch.compile on the transformer's blocks
         self.in_turn = False  # guidance branches one after the other, as memory has run out before
+        self.crowded = False  # the transformer leaves the device before a video is decoded, likewise
         self.split: Callable[[Transformer], None] | None = None  # lets several ranks share each video
 
     def defaults(self) -> Settings:
@@ -191,9 +199,9 @@ class Sampler:
                         width=1360 if new else config.sample_width * 8, fps=16 if new else 8, scheduler=schedulers[name])
 
     @contextmanager
-    def on_device(self, network: torch.nn.Module, again: bool = True):
-        """The network on the device, for as long as the block lasts: others find its memory free again. Where it will not
-        be needed `again`, its weights are let go."""
+    def on_device(self, network: torch.nn.Module, again: bool = True, stay: bool = False):
+        """The network on the device, for as long as the block lasts: others find its memory free again, unless it may `stay`.
+        Where it will not be needed `again`, its weights are let go."""
         blocks = blocks_of(network) if self.low_memory else []
         if blocks:
             with streamed(network, blocks, self.device):
@@ -202,9 +210,13 @@ class Sampler:
         try:
             yield network.to(self.device)
         finally:
-            network.to("cpu" if again else "meta")
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if not stay:
+                self.leave(network, again)
+
+    def leave(self, network: torch.nn.Module, again: bool = True) -> None:
+        network.to("cpu" if again else "meta")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def prompt(self, request: Request) -> str:
         """The prompt as the adapter was trained to read it, that is with <cls>."""
@@ -243,17 +255,27 @@ class Sampler:
         mean, std = vae.encode(pixels)
         return vae.config.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
 
+    def decode(self, vae: VAE, latents: Tensor, beside: torch.nn.Module | None) -> Tensor:
+        """The video [3, F, H, W]. beside: a network that has stayed on the device, and leaves it where both are too much."""
+        if beside is not None and not self.crowded:
+            try:
+                return vae.decode(latents)[0]
+            except torch.OutOfMemoryError:
+                self.crowded = True
+            self.leave(beside)
+        return vae.decode(latents)[0]
+
     def run(self, requests: list[Request], settings: Settings, rank: int = 0) -> None:
         """Makes and writes the videos."""
         for request, video in self.videos(requests, settings, rank):
-            if self.split is None or rank == 0:
-                self.write(request, settings, media.video_to_frames(video))
+            self.write(request, settings, media.video_to_frames(video))
 
     @torch.no_grad()
     def videos(self, requests: list[Request], settings: Settings, rank: int = 0,
                quiet: bool = False) -> Iterator[tuple[Request, Tensor]]:
-        """Makes the videos, each [3, F, H, W] in [-1, 1]; quiet: without progress bars. The networks take turns on the
-        device: text encoder, image encoders, then for each video VAE, transformer, VAE."""
+        """Makes the videos, each [3, F, H, W] in [-1, 1]; of ranks that share them, the first has them. quiet: without progress
+        bars. The networks take turns on the device: text encoder, image encoders, then for each video VAE, transformer, VAE. The
+        transformer stays there for the next video until memory runs out."""
         texts = self.encode_text([p for request in requests for p in (self.prompt(request), request.negative_prompt)])
         pictured = [request for request in requests if request.reference is not None]
         identity = self.encode_identity(pictured) if self.kind == "sugar" and pictured else {}
@@ -285,12 +307,16 @@ class Sampler:
             title = f"{number}/{len(requests)} {request.out.name}"
             progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True,
                                             disable=quiet)
-            with self.on_device(transformer, again=number < len(requests)):
+            last = number == len(requests)
+            with self.on_device(transformer, again=not last, stay=not (last or self.crowded)):
                 latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
                                          lambda: draw(*x.shape).to(self.device), progress)
             self.in_turn = bool(given.in_turn)
+            if self.split is not None and rank > 0:  # the first rank decodes what all have sampled
+                continue
+            latents = vae.config.unscale(to(latents[:, pad:].transpose(1, 2)))
             with self.on_device(vae):
-                video = vae.decode(vae.config.unscale(to(latents[:, pad:].transpose(1, 2))))[0]
+                video = self.decode(vae, latents, None if last else transformer)
             yield request, video
 
     def write(self, request: Request, settings: Settings, frames) -> None:

@@ -17,6 +17,7 @@ import toy_networks
 from diffusion import alpha_bar_schedule
 from model import Config, Transformer
 from pipeline import Conditions, Request, Sampler, Settings
+from vae import VAE
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 STEPS = 6  # 50 steps of both schedulers are in test_diffusion.py
@@ -122,3 +123,42 @@ def test_branches_that_do_not_fit_into_memory_go_in_turn(sugar, monkeypatch):
     given.in_turn = None  # ranks that share a forward pass cannot each decide for themselves
     with pytest.raises(torch.OutOfMemoryError):
         sample()
+
+
+@pytest.mark.parametrize("room", [True, False])
+@torch.no_grad()
+def test_the_transformer_stays_from_video_to_video_where_there_is_room(room, tokenizer, tmp_path, monkeypatch):
+    """Without room for two networks: the first decoding fails, and from then on the transformer leaves before."""
+    save_checkpoint(tmp_path / "model", "5b", "ddim", tokenizer)
+    settings = Settings(frames=1, height=48, width=64, fps=8, scheduler="ddim", steps=2)
+    requests = [Request("a fox", "", seed, tmp_path / f"{seed}.mp4") for seed in range(3)]
+    alone = [video for request in requests for _, video in Sampler(str(tmp_path / "model")).videos([request], settings, quiet=True)]
+    log, there, decode, leave, forward = [], set(), VAE.decode, Sampler.leave, Transformer.forward
+
+    def enters(self, *args, **kwargs):
+        there.add("transformer")
+        log.append("step")
+        return forward(self, *args, **kwargs)
+
+    def decodes(self, z):
+        log.append("decode")
+        if there and not room:
+            raise torch.OutOfMemoryError("no room")
+        return decode(self, z)
+
+    def leaves(self, network, again=True):
+        if isinstance(network, Transformer):
+            there.clear()
+            log.append("leave" if again else "leave for good")
+        leave(self, network, again)
+
+    monkeypatch.setattr(Transformer, "forward", enters)
+    monkeypatch.setattr(VAE, "decode", decodes)
+    monkeypatch.setattr(Sampler, "leave", leaves)
+    together = [video for _, video in Sampler(str(tmp_path / "model")).videos(requests, settings, quiet=True)]
+    assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
+    steps, last = ["step", "step"], ["step", "step", "leave for good", "decode"]
+    if room:
+        assert log == [*steps, "decode", *steps, "decode", *last]
+    else:
+        assert log == [*steps, "decode", "leave", "decode", *steps, "leave", "decode", *last]
