@@ -358,9 +358,10 @@ class Layout(NamedTuple):
     device: torch.device
 
     def fresh(self) -> Tensor:
-        """Random numbers that lie so."""
+        """Random numbers that lie so; zeros where they are whole numbers, which kernels use as seeds."""
         size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride)) if 0 not in self.shape else 0
-        return torch.rand(size, device=self.device).to(self.dtype).as_strided(self.shape, self.stride)
+        made = torch.rand if self.dtype.is_floating_point else torch.zeros
+        return made(size, dtype=self.dtype, device=self.device).as_strided(self.shape, self.stride)
 
 
 class Products(TorchDispatchMode):
@@ -557,8 +558,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if gpu else "fp32", help="(default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=42 if gpu else 2, help="of the 5b (default: %(default)s)")
-    parser.add_argument("--frames", type=int, help="these three default to 49x480x720; on a CPU to 9x320x512, for the VAE to 9x240x360, "
-                        "and for attention to 17x480x720, that is 7,490 tokens: the 18,290 of 49 frames take an hour or two on two cores")
+    parser.add_argument("--frames", type=int, help="these three default to 49x480x720; on a CPU to 9x320x512, for the VAE to "
+                        "9x240x360, and for attention to 17x480x720, that is 7,490 tokens: the 18,290 of 49 frames take an hour or two")
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--steps", type=int, default=4, help="of the sampling loops (default: %(default)s)")
