@@ -38,7 +38,7 @@ def test_sides_compute_the_same(row, args):
 
 def test_streamed_weights_compute_the_same(args):
     """On a CPU diffusers has no groups on a stream."""
-    expected, sides = bench.forward(args)["ours"]()(), bench.low_memory(args)
+    expected, sides = bench.ROWS["forward"](args)["ours"]()(), bench.ROWS["low-memory"](args)
     assert torch.equal(sides["ours"]()(), expected)
     assert relative_error(sides["diffusers, sequential"]()(), expected) < 1e-5
 
