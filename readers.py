@@ -11,14 +11,11 @@ What is wrong with a dataset as a whole is a BadInput, raised before anything is
 """
 
 import argparse
-import csv
 import io
 import json
 import re
-import sys
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,15 +31,11 @@ from checkpoint import BadInput, replace_when_whole
 from data import Broken, Encoder, Example, Tolerant, Toy, Unfit
 from distributed import place
 from encoders import GroundedSAM
+from manifests import Row, parquet, read_manifest
 from media import Clip, TooLittle, decode
 from model import Config
 
 FORMATS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif")  # of the videos that a folder is searched for
-COLUMNS = {  # what a manifest may call each column, in order of preference
-    "video": ("video", "path", "file", "file_name", "filename", "video_path"),
-    "text": ("text", "caption", "description", "prompt", "title"),
-    "noun": ("noun", "subject", "item", "label"),
-}
 
 
 def fitted(image: Image.Image, height: int, width: int, small: str) -> np.ndarray:
@@ -121,94 +114,6 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
         raise BadInput(f"{count} examples were asked for, and {source} has {len(dataset)}.")
     length = count or len(dataset)
     return (dataset if isinstance(dataset, Cache) else Tolerant(dataset, length, out / "skipped.jsonl", args.broken)), length
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def parquet(file: Path) -> Iterator:
-    """A parquet file, opened; Broken is what happens to be wrong with it. Parquet needs pyarrow, which is an optional extra."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise BadInput(f"{file} is parquet, and reading it needs pyarrow: pip install pyarrow.") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
-            yield opened
-    except (OSError, pyarrow.ArrowException) as error:
-        raise Broken(f"{file} is truncated, or no parquet file: {str(error).splitlines()[0]}") from error
-
-
-class Row(NamedTuple):
-    """A line of a manifest. Empty strings: nothing is said."""
-
-    video: str
-    text: str
-    noun: str
-
-
-def read_manifest(file: Path) -> list[Row]:
-    """The rows of a manifest: CSV with a heading, JSONL, or parquet."""
-    if file.suffix.lower() not in (".parquet", ".csv", ".jsonl"):
-        raise BadInput(f"{file} is no manifest: .csv with a heading, .jsonl and .parquet are read, or a folder of videos.")
-    if file.suffix.lower() == ".parquet":
-        try:
-            with parquet(file) as opened:
-                chosen = choose(file, opened.schema_arrow.names)
-                table = opened.read(columns=[name for name in chosen if name]).to_pydict()
-                rows = zip(*(table[name] if name else [""] * opened.metadata.num_rows for name in chosen))
-        except Broken as error:
-            raise BadInput(f"The manifest {error}") from error
-    else:
-        csv.field_size_limit(2**31 - 1)
-        with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:  # a spreadsheet writes a mark in front
-            rows = list((csv_rows if file.suffix.lower() == ".csv" else json_rows)(file, lines))
-    return [Row(*("" if value is None else str(value).strip() for value in row)) for row in rows]
-
-
-def csv_rows(file: Path, lines):
-    """The rows of a CSV file with a heading. A quote that is left open makes one field of the rows behind it: the name of a video can
-    have no line breaks, a caption may."""
-    reader, broken = csv.reader(lines), []
-    heading = next(reader, [])
-    places = [heading.index(name) if name else None for name in choose(file, heading)]
-    for number, line in enumerate(filter(None, reader), 1):
-        row = tuple("" if at is None or at >= len(line) else line[at] for at in places)
-        if "\n" in row[0].strip():
-            raise BadInput(f"Row {number} of {file} names a video over several lines: close the quote that is open before it.")
-        if any("\n" in field.strip() for field in line):
-            broken.append(str(number))
-        yield row
-    if broken and place()[0] == 0:
-        print(f"warning: {file} has line breaks inside fields, in row {checkpoint.some(broken)}; if a quote is left open there, the "
-              f"rows behind it are lost", file=sys.stderr)
-
-
-def json_rows(file: Path, lines):
-    """The rows of a JSONL file; a line that is no object becomes a row without a video, which is skipped when met."""
-    chosen = None
-    for line in filter(str.strip, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = {}
-        if isinstance(row, dict) and row and chosen is None:
-            chosen = choose(file, list(row))
-        yield tuple(row.get(name, "") if name and isinstance(row, dict) else "" for name in chosen or ("", "", ""))
-    if chosen is None:
-        raise BadInput(f"{file} has no line that is a JSON object.")
-
-
-def choose(file: Path, names: list[str]) -> list[str | None]:
-    """Which of the columns `names` holds video, text and noun."""
-    lower = {name.lower().strip(): name for name in names}
-    found = [next((lower[name] for name in options if name in lower), None) for options in COLUMNS.values()]
-    for column, options, name in zip(COLUMNS, COLUMNS.values(), found):
-        if name is None and column != "noun":
-            raise BadInput(f"{file} has no column for the {column}: it has {', '.join(names) or 'none at all'}; known are "
-                           f"{', '.join(options)}.")
-    return found
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
