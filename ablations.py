@@ -137,7 +137,8 @@ ABLATIONS = {
         *(Finding(f"at the same likeness (b) {what} than ({other})", score, "design (b)", f"design ({other})", at="dino_i")
           for other in "cde" for what, score in (("moves more", "movement"), ("meets the text better (CLIP-T)", "clip_t")))),
         "design (b)", ("dino_i", "movement"), looks=True, sweep=SWEEP),
-    "sugar-design-tsf": Ablation("SUGAR, Figure 11", "sugar", {"design (b), TSF": Variant(TSF.train), "design (e), TSF": Variant(TSF_E.train)}, (
+    "sugar-design-tsf": Ablation("SUGAR, Figure 11", "sugar", {
+        "design (b), TSF": Variant(TSF.train), "design (e), TSF": Variant(TSF_E.train)}, (
         Finding("at the same likeness (b) moves more than (e)", "movement", "design (b), TSF", "design (e), TSF", at="dino_i"),
         Finding("at the same likeness (b) meets the text better than (e) (CLIP-T)", "clip_t", "design (b), TSF", "design (e), TSF",
                 at="dino_i")), "design (b), TSF", ("dino_i", "movement"), looks=True, sweep=SWEEP),
@@ -195,7 +196,8 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     options = trainer.parse(["--model", str(args.model), "--seed", str(seed), "--validate-count", "0", *device, *flags.split()])
     if method == "sugar" and options.strategy == "mix":
         options.steps *= 2
-    weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in ("transformer", "vae", "text_encoder", "dino", "clip")))
+    parts = ("transformer", "vae", "text_encoder", "dino", "clip")
+    weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in parts))
     settings = {name: value for name, value in settings_of(options).items() if name not in ("model", "seed")} | {"of": weights}
     options.out = args.out / f"{method}-{digest(settings)}-{seed}"
     return options, settings
@@ -228,9 +230,9 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
                 shutil.copytree(out / "real" / "transformer", part)
                 part.rename(first)
         ends = [last_checkpoint(folder)[1] for folder in out.rglob("checkpoints")]
+        took = {name: sum(end[name] for end in ends) for name in ("step", "seconds")}
         with checkpoint.replace_when_whole(done) as part:
-            part.write_text(json.dumps({"flags": flags, **{name: sum(end[name] for end in ends) for name in ("step", "seconds")}}) + "\n",
-                            encoding="utf-8")
+            part.write_text(json.dumps({"flags": flags, **took}) + "\n", encoding="utf-8")
     return out
 
 
@@ -255,7 +257,8 @@ def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) ->
         summary = checkpoint.read_json(folder / "scores.json")
     if summary["unreadable"]:
         raise BadInput(f"Some videos of {folder} cannot be scored ({checkpoint.some(sorted(summary['unreadable']))}): remove the folder.")
-    return {name: of["mean"] for name, of in summary["means"].items()}, run, checkpoint.read_json(took)["seconds"] if took.exists() else 0.0
+    seconds = checkpoint.read_json(took)["seconds"] if took.exists() else 0.0
+    return {name: of["mean"] for name, of in summary["means"].items()}, run, seconds
 
 
 # --- statistics over seeds --------------------------------------------------------------------------------------------
@@ -357,9 +360,9 @@ def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[d
     reason = no_verdict(ablation, results, args)
     lines = [f"# {args.name}: {ablation.source}", "",
              f"{len(next(iter(results.values())))} seeds, {args.count} videos each{f', trained with {args.train}' if args.train else ''}. "
-             f"{len(runs)} trainings, which ablations share: {steps:,} steps at {trained_for / max(steps, 1):.2f} s = {trained_for / 3600:.2f} "
-             f"hours. Videos, made and scored: {seconds / 3600:.2f} hours.{' A quick try: the numbers mean nothing.' * args.quick} "
-             f"{ablation.note}".rstrip(), "", "| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|",
+             f"{len(runs)} trainings, which ablations share: {steps:,} steps at {trained_for / max(steps, 1):.2f} s = "
+             f"{trained_for / 3600:.2f} hours. Videos, made and scored: {seconds / 3600:.2f} hours."
+             f"{' A quick try: the numbers mean nothing.' * args.quick} {ablation.note}".rstrip(), "", "| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|",
              *(f"| {' '.join([label, sweep]).strip()} | " + " | ".join(cell(row[name]) for name in names) + " |"
                for label, rows in table.items() for sweep, row in zip(ablation.sweep, rows)), "",
              "| the paper's finding | measured | here |", "|---|---|---|",

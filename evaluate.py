@@ -173,7 +173,8 @@ def score(args: argparse.Namespace) -> None:
     device = distributed.start(args.device).device
     scorers = Scorers(device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
                       args.amt, args.viclip)
-    weights = checkpoint.fingerprint(*(part for part in (args.own, args.raft, args.amt, args.viclip) if part is not None and part.exists()))
+    parts = (args.own, args.raft, args.amt, args.viclip)
+    weights = checkpoint.fingerprint(*(part for part in parts if part is not None and part.exists()))
     by, tables = [args.fps, scorers.by, weights], {}
     for folder in args.folders:
         rows = read_lines(folder / "videos.jsonl")

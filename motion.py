@@ -93,7 +93,8 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
             media.save_video(frames, real, clip.fps, {"text": text})
             media.save_image(Image.fromarray(frames[0]), first)
             yield {**item, "text": text, "noun": noun, "class": found, "subject": subject, "background": background,
-                   "kept": found is not None, **({"why": why} if why else {}), "real": str(real.relative_to(run.out)), "first": str(first.relative_to(run.out))}
+                   "kept": found is not None, **({"why": why} if why else {}), "real": str(real.relative_to(run.out)),
+                   "first": str(first.relative_to(run.out))}
 
     settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed, "flow": flow.name,
                 "camera": args.camera, "small": args.small, "medium": args.medium}

@@ -33,7 +33,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_common(p)
     p.add_argument("--strategy", choices=["switch", "image-only", "two-stage", "video-only"], default="switch",
-                   help="Table 2; two-stage is two runs in a row; video-only is Table 3's base: no reference, no <cls>, p x steps (default: %(default)s)")
+                   help="Table 2; two-stage is two runs in a row; video-only is Table 3's base: no reference, no <cls>, p x steps "
+                   "(default: %(default)s)")
     p.add_argument("--p", type=float, default=0.2, help="probability of the video phase (default: %(default)s)")
     p.add_argument("--image-batch", type=int, default=32, help="the paper's is 256 (default: %(default)s)")
     p.add_argument("--video-batch", type=int, default=8, help="the paper's is 32 (default: %(default)s)")

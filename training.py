@@ -292,8 +292,8 @@ def state_tensors(trained: dict[str, Tensor], held: dict[str, Tensor], optimizer
 
 
 def drop_earlier(ranks: Ranks, *parts: Path) -> None:
-    """--restart: what an earlier run left, files and folders, goes, so that nobody takes it for this one's. Not when torchrun has started the ranks anew
-    after one died: then it is this run's."""
+    """--restart: what an earlier run left, files and folders, goes, so that nobody takes it for this one's. Not when torchrun has
+    started the ranks anew after one died: then it is this run's."""
     if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0):
         return
     if ranks.first:
