@@ -294,7 +294,7 @@ def poses(scene: Scene) -> tuple[ndarray, int]:
     (x, y, tilt), size, reach = rng.uniform(-1, 1, 3), rng.uniform(0.9, 1.08), rng.uniform(0.85, 1.1)
     sign, shift = rng.choice([-1, 1]), int(rng.integers(-SHIFT, SHIFT + 1))
     if scene.motion is None:
-        return np.tile([32 + 9 * x, 34 + 7 * y, np.log(size * rng.uniform(0.75, 1.1)), 25 * tilt], (FRAMES, 1)), shift
+        return np.tile([32 + 9 * x, 34 + 7 * y, np.log(size), 15 * tilt], (FRAMES, 1)), shift
     _, _, part, amount, curve = MOTIONS[scene.motion]
     path = np.tile([32 + 4 * x, 35 + 4 * y, np.log(size) - 0.15 * (part == 2), 10 * tilt], (FRAMES, 1))
     path[:, part] += amount * curve * reach * scene.strength * (sign if part == 3 else 1)
