@@ -291,12 +291,12 @@ def backdrop(background: str, shift: int = 0) -> ndarray:
 def poses(scene: Scene) -> tuple[ndarray, int]:
     """The subject's pose (see place) in each frame, [FRAMES, 4], and the shift of the background in pixels."""
     rng = np.random.default_rng(scene.seed)
-    (x, y, tilt), size, reach = rng.uniform(-1, 1, 3), rng.uniform(0.9, 1.08), rng.uniform(0.85, 1.1)
+    (x, y, tilt), size, reach = rng.uniform(-1, 1, 3), rng.uniform(0.95, 1.05), rng.uniform(0.85, 1.1)
     sign, shift = rng.choice([-1, 1]), int(rng.integers(-SHIFT, SHIFT + 1))
     if scene.motion is None:
-        return np.tile([32 + 9 * x, 34 + 7 * y, np.log(size), 15 * tilt], (FRAMES, 1)), shift
+        return np.tile([32 + 6 * x, 34 + 4 * y, np.log(size), 10 * tilt], (FRAMES, 1)), shift
     _, _, part, amount, curve = MOTIONS[scene.motion]
-    path = np.tile([32 + 4 * x, 35 + 4 * y, np.log(size) - 0.15 * (part == 2), 10 * tilt], (FRAMES, 1))
+    path = np.tile([32 + 2 * x, 35 + 2 * y, np.log(size) - 0.15 * (part == 2), 5 * tilt], (FRAMES, 1))
     path[:, part] += amount * curve * reach * scene.strength * (sign if part == 3 else 1)
     return path, shift
 
@@ -355,7 +355,7 @@ def sample_pair(rng: Rng, split: str = "train") -> dict:
     two = replace(two, subject=one.subject, background=elsewhere)
     reference = render(one, 1)[0]
     if rng.random() < 0.5:
-        reference = portrait(one.subject, scale=rng.uniform(1.0, 1.4), angle=rng.uniform(-15, 15))[..., :3]
+        reference = portrait(one.subject, scale=rng.uniform(1.2, 1.4), angle=rng.uniform(-5, 5))[..., :3]
     return {"reference": reference, "target": render(two, 1)[0], "text": caption(two, rng), "noun": NOUN,
             "scene": two}
 
