@@ -255,15 +255,18 @@ class Sampler:
         mean, std = vae.encode(pixels)
         return vae.config.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
 
-    def decode(self, vae: VAE, latents: Tensor, beside: torch.nn.Module | None) -> Tensor:
-        """The video [3, F, H, W]. beside: a network that has stayed on the device, and leaves it where both are too much."""
+    def with_vae(self, vae: VAE, use: Callable[[VAE], Tensor], beside: torch.nn.Module | None) -> Tensor:
+        """What `use` makes with the VAE on the device. beside: a network that may have stayed there, and leaves it where both are too
+        much."""
         if beside is not None and not self.crowded:
             try:
-                return vae.decode(latents)[0]
+                with self.on_device(vae):
+                    return use(vae)
             except torch.OutOfMemoryError:
                 self.crowded = True
             self.leave(beside)
-        return vae.decode(latents)[0]
+        with self.on_device(vae):
+            return use(vae)
 
     def run(self, requests: list[Request], settings: Settings, rank: int = 0) -> None:
         """Makes and writes the videos."""
@@ -301,8 +304,8 @@ class Sampler:
             if id(request) in identity:
                 given.dino, given.clip = map(to, identity[id(request)])
             if request.reference is not None and self.kind in ("switch", "i2v"):
-                with self.on_device(vae):
-                    latents = self.encode_image(vae, request.reference, draw(1, channels, 1, h, w))
+                sample = draw(1, channels, 1, h, w)
+                latents = self.with_vae(vae, lambda vae: self.encode_image(vae, request.reference, sample), transformer)
                 given = replace(given, **{"reference" if self.kind == "switch" else "first": latents})
             title = f"{number}/{len(requests)} {request.out.name}"
             progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True,
@@ -315,9 +318,7 @@ class Sampler:
             if self.split is not None and rank > 0:  # the first rank decodes what all have sampled
                 continue
             latents = vae.config.unscale(to(latents[:, pad:].transpose(1, 2)))
-            with self.on_device(vae):
-                video = self.decode(vae, latents, None if last else transformer)
-            yield request, video
+            yield request, self.with_vae(vae, lambda vae: vae.decode(latents)[0], None if last else transformer)
 
     def write(self, request: Request, settings: Settings, frames) -> None:
         """The video, and beside it what the model saw of the image. The video comes last: it says that all is there."""

@@ -39,11 +39,14 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
     at_home = [tensor.data for tensor in others]
 
     sizes = [sum(map(padded, part)) for part in tensors]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    memory = getattr(network, "host_memory", None)  # of an earlier time
+    if memory is None or memory.numel() != sum(sizes):
+        memory = network.host_memory = torch.empty(sum(sizes), dtype=torch.uint8)
     host = memory.split(sizes)  # the tensors of a block behind one another, so that a single copy moves them
     homes = [views(flat, part) for flat, part in zip(host, tensors)]
     for tensor, home in zip(sum(tensors, []), sum(homes, [])):
-        tensor.data = home.copy_(tensor.data)  # and the memory where it was is free again
+        if tensor.data_ptr() != home.data_ptr():
+            tensor.data = home.copy_(tensor.data)  # and the memory where it was is free again
     if cuda:  # Copies that run beside something else need memory that the system cannot move. pin_memory() would round it up to 2^n.
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     rooms, left, arrived, here = [], [None, None], [None, None], {}  # here: for each block on the device, the room that it is in

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cli import FOX, SMALL, frames_of, run
 from conftest import TINY, randomize
+from memory import live
 from torch import nn
 
 import streaming
@@ -39,6 +40,25 @@ def test_streamed_is_plain_with_two_blocks_at_a_time(layers):
         assert homes == pointers(model)  # all is at home again
         seen.clear()
         assert torch.equal(model(*inputs), plain) and seen == layers * [set()]
+
+
+def test_the_second_time_no_memory_is_taken():
+    """Each video of a list streams the same network."""
+    network = nn.Sequential(*(nn.Linear(200, 200) for _ in range(4)))
+    whole, x = sum(p.nbytes for p in network.parameters()), torch.randn(3, 200)
+    plain, taken = network(x), []
+
+    def stream() -> None:
+        with streamed(network, list(network), CPU):
+            assert torch.equal(network(x), plain)
+
+    for _ in range(3):
+        taken.append(live(stream)[0])
+    assert taken[0] > 1.4 * whole and all(again < 0.6 * whole for again in taken[1:])  # then room for two of the four blocks
+    with torch.no_grad():
+        network[2].weight.data = torch.randn(200, 200)  # weights that were changed in between are not overlooked
+    plain = network(x)
+    stream()
 
 
 class Odd(nn.Module):
