@@ -112,9 +112,6 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return plan_run(config, folder, args, ranks.world) if ranks.first else None
     check_parallel(args, ranks, config.num_attention_heads)
-    if args.restart:
-        drop_earlier(ranks, *(args.out / stage.name / part for stage in stages_of(args) for part in ("checkpoints", "transformer")),
-                     *(args.out / kind / "skipped.jsonl" for kind in ("subjects", "triplets")))
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
     clip, streams = clip_of(args, config), {}
     for name, kind, source, count in (("real", "subjects", args.real_data, args.real),
@@ -127,6 +124,9 @@ def run(args: argparse.Namespace) -> None:
             dataset = OneFrame(dataset, args.seed)
         streams[name] = Stream(dataset, length, encoder, args.seed)
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
+    if args.restart:
+        drop_earlier(ranks, *(args.out / stage.name / part for stage in stages_of(args) for part in ("checkpoints", "transformer")),
+                     *(args.out / kind / "skipped.jsonl" for kind in ("subjects", "triplets")))
     example = streams["real"][0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")

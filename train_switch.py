@@ -128,9 +128,6 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return plan_run(config, adapter, folder, args, ranks.world) if ranks.first else None
     check_parallel(args, ranks, config.num_attention_heads)
-    if args.restart:
-        drop_earlier(ranks, *(args.out / name / "checkpoints" for name, _ in runs_of(args)),
-                     *(args.out / kind / "skipped.jsonl" for kind in ("pairs", "videos")))
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)
@@ -141,6 +138,9 @@ def run(args: argparse.Namespace) -> None:
         streams[phase] = Stream(dataset, length, encoder, args.seed)
 
     held_out = held_out_subjects(args, clip, ToyTest(args.seed), streams, encoder, ranks)
+    if args.restart:
+        drop_earlier(ranks, *(args.out / name / "checkpoints" for name, _ in runs_of(args)),
+                     *(args.out / kind / "skipped.jsonl" for kind in ("pairs", "videos")))
 
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")

@@ -212,7 +212,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
     if found is not None:
         check_settings(found[1]["settings"], settings, options.out)
         load_checkpoint(*found, tensors, ranks)
-        state = State(**{key: found[1][key] for key in asdict(state)})
+        state = State(**{key: found[1].get(key, value) for key, value in asdict(state).items()})
     if ranks.first:
         keep_metrics(metrics, state.step)
     stop = stop_on_signal()
