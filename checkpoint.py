@@ -222,9 +222,10 @@ def replace_when_whole(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Removes what replace_when_whole() left below `folder` when its process was killed. Only while nobody writes there."""
-    for part in folder.rglob(".part-*"):
+def remove_parts(folder: Path, below: str = "") -> None:
+    """Removes what replace_when_whole() left in `folder`, or in the folders `below`, when its process was killed. Only while nobody
+    writes there."""
+    for part in folder.glob(f"{below}.part-*"):
         part.unlink(missing_ok=True)
 
 

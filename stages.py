@@ -30,6 +30,7 @@ class Run:
 
     def __init__(self, out: Path, ranks: Ranks):
         self.out, self.ranks = out, ranks
+        self.before = ""  # by what the stage before was made, and those before it
 
     def path(self, stage: str, name: str, suffix: str) -> Path:
         """A file of a sample; a thousand of them share a folder."""
@@ -41,6 +42,8 @@ class Run:
         if not file.exists():
             raise BadInput(f"There is no {file}: run the stage {stage} first.")
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        settings = self.out / stage / "settings.json"
+        self.before = hashlib.sha256(settings.read_bytes()).hexdigest()[:16] if settings.exists() else ""
         return [row for row in rows if row["kept"]]
 
     def stage(self, name: str, samples: list[dict], settings: dict, work: Callable[[list[dict]], Iterator[dict]],
@@ -51,11 +54,12 @@ class Run:
         limits: the least that each score may be; a sample that falls short is dropped, and why is said.
         """
         digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()[:16]
-        self.check_settings(name, {**settings, **limits, "samples": digest})
+        self.check_settings(name, {**settings, **limits, "samples": digest, "the stages before": self.before})
         if (self.out / f"{name}.jsonl").exists():
             return self.say(name)
         if self.ranks.first:
             checkpoint.remove_parts(self.out / name)
+            checkpoint.remove_parts(self.out / name, "*/")
         todo = [sample for sample in samples if not self.path(name, sample["id"], ".json").exists()]
         self.ranks.wait()  # all have looked at the same records; what is left is shared out
         todo = todo[self.ranks.rank :: self.ranks.world]

@@ -301,6 +301,12 @@ def test_other_weights_in_the_same_place_are_refused(base, tmp_path, capfd):
         assert again() == 2 and f"The stage {stage} in {tmp_path / 'run'} was begun with {name} = " in capfd.readouterr().err
         file.write_bytes(before)
     assert again() == 0
+    # Another adapter makes other pictures under the same names: what was scored before is not theirs.
+    [file] = (tmp_path / "toy" / "switch").glob("*.safetensors")
+    save_file({key: tensor + 1 for key, tensor in load_file(file).items()}, file, metadata_of(file))
+    shutil.rmtree(tmp_path / "run" / "customize")
+    (tmp_path / "run" / "customize.jsonl").unlink()
+    assert again() == 2 and f"The stage filter-images in {tmp_path / 'run'} was begun with the stages before = " in capfd.readouterr().err
 
 
 def test_raft_is_refused_for_small_videos_before_any_is_made(base, tmp_path, monkeypatch, capfd):
