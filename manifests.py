@@ -57,7 +57,10 @@ def read_manifest(file: Path) -> list[Row]:
     else:
         csv.field_size_limit(2**31 - 1)
         with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:  # a spreadsheet writes a mark in front
-            rows = list((csv_rows if file.suffix.lower() == ".csv" else json_rows)(file, lines))
+            try:
+                rows = list((csv_rows if file.suffix.lower() == ".csv" else json_rows)(file, lines))
+            except csv.Error as error:
+                raise BadInput(f"The manifest {file} cannot be read: {error}.") from error
     return [Row(*("" if value is None else str(value).strip() for value in row)) for row in rows]
 
 

@@ -276,7 +276,7 @@ class SubjectVideos:
             self.segmenter = self.segmenter or self.make_segmenter()
             words = row.noun or example.text
             mask = self.segmenter(image, words)
-            if mask is None:
+            if mask is None or not np.any(mask):
                 raise Unfit(f"{row.video}: no {words!r} was found in frame {frame}")
             self.cutouts.mkdir(parents=True, exist_ok=True)
             with replace_when_whole(file) as part:
