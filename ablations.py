@@ -182,7 +182,11 @@ def locked(folder: Path) -> Iterator[None]:
     """Ablations share their runs: another process waits until this one has finished with it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is at {folder.name}: waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -219,7 +223,10 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
             return out
         print(f"training {out.name}: {flags or 'the defaults'}, seed {seed}")
         if two and first.exists() and not (out / "real").exists():
-            shutil.copytree(first, out / "real" / "transformer")
+            part = out / ".real-part"
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(first, part / "transformer")
+            part.rename(out / "real")
         {"switch": train_switch, "sugar": train_sugar}[method].run(options)
         if not ((out / "pytorch_lora_weights.safetensors").exists() or (out / "model_index.json").exists()):
             raise BadInput(f"The training {out} was stopped; the same command goes on from there.")
@@ -303,9 +310,11 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
         return "--quick"
     if args.seeds < FEWEST:
         return f"fewer than {FEWEST} seeds"
-    given, usual = (parsed(ablation.method, flags, 0, args)[0].steps for flags in (args.train, ""))
-    if given < usual or args.count < 64 or args.sampling_steps < 25:
-        return f"fewer than {usual} steps, 64 videos or 25 steps of sampling"
+    (_, given), (_, usual) = (parsed(ablation.method, flags, 0, args) for flags in (args.train, ""))
+    if given["steps"] < usual["steps"] or args.count < 64 or args.sampling_steps < 25:
+        return f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling"
+    if given != usual | {"steps": given["steps"]}:
+        return f"trained with {args.train}"
     _, low, _ = over_seeds([max(point["identity"] for point in line) for line in results[ablation.control]], 1 / args.count)
     return "" if low > KNOWN else f"the control, {ablation.control!r}, does not know its subjects"
 

@@ -91,7 +91,7 @@ def toy_rows(args: argparse.Namespace) -> list[dict]:
         example, image = ToyTest(args.seed, looks)[i], args.out / "images" / f"{i:04d}.png"
         media.save_image(example.image, image)
         rows.append({"name": f"{example.text}-{i}", "prompt": example.text, "noun": example.noun, "subject": f"{i:04d}",
-                     "kind": "toy", "image": str(image.resolve()), "seed": i, "toy": [args.seed, looks, i]})
+                     "kind": "toy", "image": str(image.resolve()), "seed": 1000 * args.seed + i, "toy": [args.seed, looks, i]})
     return rows
 
 
