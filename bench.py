@@ -157,8 +157,14 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
 
 def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str, list[float]]]:
     """What each side of a row computes, and the times of sides and floors, turn by turn. Every other turn begins with the last side.
-    A side that runs out of memory is left out from there on, and None."""
+    A side that runs out of memory is left out from there on, and None, with what is counted by it."""
     runs, counts, times = {}, {}, {}
+
+    def leave_out(lost: str) -> None:
+        for side in {lost, *(side for side in runs if side.removesuffix(FLEX) == lost)}:
+            counts[side] = None
+            runs.pop(side, None)
+
     for side, build in ROWS[row](args).items():
         plain = side.removesuffix(FLEX)
         try:
@@ -167,17 +173,17 @@ def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | Non
                 runs[side][f"floor of {side}"], counts[side] = counted(runs[side][side])
             else:  # its kernel hides what it computes: the same as the blocks
                 counts[side] = counts[plain]
+            if counts[side] is None:
+                leave_out(side)
         except torch.OutOfMemoryError:
-            counts[side] = None
-            runs.pop(side, None)
+            leave_out(side)
     for turn in tqdm(range(args.runs + 1), f"{row}: {len(counts)} sides", leave=False):
         for side in list(runs)[:: 1 if turn % 2 else -1]:
             try:
-                for name, run in runs[side].items():
+                for name, run in runs.get(side, {}).items():
                     times.setdefault(name, []).append(seconds(run, args))
             except torch.OutOfMemoryError:
-                counts[side] = None
-                del runs[side]
+                leave_out(side)
     return counts, times
 
 
@@ -270,7 +276,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--layers", type=int, default=42 if gpu else 2, help="of the 5b (default: %(default)s)")
     parser.add_argument("--frames", type=int, help="these three default to 49x480x720; on a CPU to 9x320x512, for the VAE to "
-                        "9x240x360, and for attention to 17x480x720, that is 7,490 tokens: the 18,290 of 49 frames take an hour or two")
+                        "9x240x360, and for attention to 17x480x720, that is 7,490 tokens")
     for name in ("height", "width"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--steps", type=int, default=4, help="of the sampling loops (default: %(default)s)")
