@@ -127,6 +127,7 @@ def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ran
     if ranks.first:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_parts(folder)
+        checkpoint.remove_parts(folder, "cutouts/")
         with checkpoint.replace_when_whole(folder / "index.json") as part:
             part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     todo = missing(folder, length)
