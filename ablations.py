@@ -190,6 +190,14 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """A copy of a folder that is there when it is whole."""
+    part = target.with_name(f".{target.name}-part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    part.rename(target)
+
+
 def digest(*what) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -222,20 +230,14 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
         if done.exists():
             return out
         print(f"training {out.name}: {flags or 'the defaults'}, seed {seed}")
-        if two and first.exists() and not (out / "real").exists():
-            part = out / ".real-part"
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(first, part / "transformer")
-            part.rename(out / "real")
+        if two and first.exists() and not any((out / "real" / part).exists() for part in ("checkpoints", "transformer")):
+            copy_whole(first, out / "real" / "transformer")
         {"switch": train_switch, "sugar": train_sugar}[method].run(options)
         if not ((out / "pytorch_lora_weights.safetensors").exists() or (out / "model_index.json").exists()):
             raise BadInput(f"The training {out} was stopped; the same command goes on from there.")
         with locked(first):
             if two and not first.exists():
-                part = first.with_name(f".{first.name}-part")
-                shutil.rmtree(part, ignore_errors=True)
-                shutil.copytree(out / "real" / "transformer", part)
-                part.rename(first)
+                copy_whole(out / "real" / "transformer", first)
         ends = [last_checkpoint(folder)[1] for folder in out.rglob("checkpoints")]
         took = {name: sum(end[name] for end in ends) for name in ("step", "seconds")}
         with checkpoint.replace_when_whole(done) as part:
