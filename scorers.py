@@ -139,8 +139,8 @@ def pictures(images: list[Image.Image], side: int) -> Tensor:
     cut out: [N, 3, side, side] in 0..1."""
     fitted = []
     for image in images:
-        scale = side / min(image.size)
-        image = image.convert("RGB").resize([max(round(length * scale), side) for length in image.size], Image.Resampling.BICUBIC)
+        short = min(image.size)  # the longer side is rounded down, as torchvision and transformers do
+        image = image.convert("RGB").resize([side * length // short for length in image.size], Image.Resampling.BICUBIC)
         fitted.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
     return torch.stack([centre(picture, side) for picture in fitted])
 
