@@ -25,9 +25,9 @@ import figures
 import train_sugar
 import train_switch
 from checkpoint import BadInput
-from distributed import last_checkpoint
 from figures import Interval
 from media import save_image
+from resume import last_checkpoint
 from scorers import TITLES
 from training import settings_of
 

@@ -25,6 +25,7 @@ from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors, save_transformer
 from pipeline import Settings, read_schedule
 from readers import add_arguments, clip_of, open_data
+from resume import last_checkpoint
 from training import (DTYPES, Options, add_common, check_parallel, check_range, check_settings, drop_earlier, generator, options_of,
                       print_plan, settings_of, train)
 from vae import VAEConfig
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     for stage in stages_of(args):
         out, settings = args.out / stage.name, settings_of(args, stage=stage.name, weights=str(weights))
         if (out / "transformer").is_dir():  # it has come to its end before
-            found = distributed.last_checkpoint(out / "checkpoints")
+            found = last_checkpoint(out / "checkpoints")
             if found is not None:
                 check_settings(found[1]["settings"], settings, out)
         elif not train_stage(stage, weights, out, settings, args, ranks, folder, encoder, streams, held_out,

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import BadInput
-from distributed import SMALL, Ranks, check_compiler, last_checkpoint, load_checkpoint, local, save_checkpoint
+from distributed import SMALL, Ranks, check_compiler, local
+from resume import last_checkpoint, load_checkpoint, save_checkpoint
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

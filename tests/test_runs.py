@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import distributed
+import resume
 from checkpoint import BadInput
-from distributed import last_checkpoint
+from resume import last_checkpoint, load_checkpoint, save_checkpoint
 
 SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --dropout 0.1 --p 0.4 --lr 0.01"
 SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001"
@@ -199,7 +200,7 @@ def test_what_is_later_than_this_run_goes_and_the_newest_stay(tmp_path):
     state = {"positions": {}, "skipped": 0, "seconds": 0, "settings": {}}
     (tmp_path / "step-000009").mkdir()  # broken
     for step in (1, 2, 3):
-        distributed.save_checkpoint(tmp_path, tensors, {**state, "step": step}, ranks, keep=2)
+        save_checkpoint(tmp_path, tensors, {**state, "step": step}, ranks, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
 
 
@@ -236,18 +237,18 @@ def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     ranks, tensors = distributed.start("cpu"), {"model.x": torch.arange(6.0)}
     state = {"step": 1, "positions": {}, "skipped": 0, "seconds": 0, "settings": {}}
-    distributed.save_checkpoint(tmp_path, tensors, state, ranks, keep=2)
+    save_checkpoint(tmp_path, tensors, state, ranks, keep=2)
 
     def full(tensors, name):
         name.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(distributed, "save_file", full)
+    monkeypatch.setattr(resume, "save_file", full)
     with pytest.raises(BadInput, match="step-000002 could not be written.*No space left.*last whole one is .*step-000001"):
-        distributed.save_checkpoint(tmp_path, tensors, {**state, "step": 2}, ranks, keep=2)
+        save_checkpoint(tmp_path, tensors, {**state, "step": 2}, ranks, keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     found = {"model.x": torch.zeros(6)}
-    distributed.load_checkpoint(*last_checkpoint(tmp_path), found, ranks)
+    load_checkpoint(*last_checkpoint(tmp_path), found, ranks)
     assert torch.equal(found["model.x"], tensors["model.x"])
 
 

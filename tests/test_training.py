@@ -17,9 +17,9 @@ import train_sugar
 import train_switch
 from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
-from distributed import bounds
 from lora import Adapter
 from model import Config, Transformer
+from resume import bounds
 from training import Options, generator, learning_rate
 from vae import VAEConfig
 
