@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
-from test_readers import subjects200k, views, write_video
+from test_readers import write_video
+from test_subjects200k import subjects200k, views
 
 import cache
 import readers
