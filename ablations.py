@@ -22,6 +22,7 @@ import numpy as np
 import checkpoint
 import evaluate
 import figures
+import toy_networks
 import train_sugar
 import train_switch
 from checkpoint import BadInput
@@ -76,12 +77,10 @@ class Ablation:
 SCORES = ("identity", "motion", "background_exact", "look", "movement", "dino_i", "clip_i", "clip_t", "dynamic", "subject", "background")
 SWITCH = Variant()
 P = {f"p = {p}": Variant(f"--p {p}") for p in (0.4, 0.6)}
-# The toy's guidance. Its networks are small: the paper's scales of 7.5 burn its colours.
-TEXT = 5
-SCALES = f"--omega-image 2.5 --omega-text {TEXT}"
-SWEEP = tuple(f"--omega-image {image} --omega-text {TEXT}" for image in (1, 2.5, 5))
-TSF, TSF_E = Variant("--strategy tsf", SCALES), Variant("--strategy tsf --design e", SCALES)
-MIX_E = {f"Mix, p = {p}": Variant(f"--strategy mix --p {p} --design e", SCALES) for p in (0, 0.5, 1)}
+IMAGE, TEXT = (toy_networks.SCALES[name] for name in ("omega_image", "omega_text"))  # where a row names none, the toy's own
+SWEEP = tuple(f"--omega-image {image:g}" for image in (1, IMAGE, TEXT))
+TSF, TSF_E = Variant("--strategy tsf"), Variant("--strategy tsf --design e")
+MIX_E = {f"Mix, p = {p}": Variant(f"--strategy mix --p {p} --design e") for p in (0, 0.5, 1)}
 
 ABLATIONS = {
     "switch-strategy": Ablation("Switch, Table 2", "switch", {
@@ -124,12 +123,11 @@ ABLATIONS = {
         Finding("without video steps there is no motion", "movement", "p = 0.2", "p = 0"),
         Finding("many video steps strengthen the identity (DINO-I)", "dino_i", "p = 0.6", "p = 0.2")), "p = 0.2"),
     "sugar-guidance": Ablation("SUGAR, Table 1", "sugar", {
-        f"image {image:g}, text {text:g}": Variant(TSF.train, f"--omega-image {image} --omega-text {text}")
-        for image, text in ((TEXT, TEXT), (4, TEXT), (3, TEXT), (2.5, TEXT), (1, TEXT))}, (
-        Finding("a lower image scale meets the text better (CLIP-T)", "clip_t", f"image 1, text {TEXT}", f"image {TEXT}, text {TEXT}"),
-        Finding("a lower image scale moves more", "movement", f"image 1, text {TEXT}", f"image {TEXT}, text {TEXT}"),
-        Finding("a higher image scale keeps the identity better (DINO-I)", "dino_i", f"image {TEXT}, text {TEXT}",
-                f"image 1, text {TEXT}")), f"image 2.5, text {TEXT}", ("dino_i", "movement"), looks=True),
+        f"image {image:g}": Variant(TSF.train, f"--omega-image {image:g}") for image in (TEXT, 3, IMAGE, 2, 1)}, (
+        Finding("a lower image scale meets the text better (CLIP-T)", "clip_t", "image 1", f"image {TEXT:g}"),
+        Finding("a lower image scale moves more", "movement", "image 1", f"image {TEXT:g}"),
+        Finding("a higher image scale keeps the identity better (DINO-I)", "dino_i", f"image {TEXT:g}", "image 1")),
+        f"image {IMAGE:g}", ("dino_i", "movement"), looks=True, note=f"The text's scale is {TEXT:g}, where the paper's is 7.5."),
     "sugar-design": Ablation("SUGAR, Figure 5", "sugar", {
         f"design ({design})": Variant("--strategy mix --p 0.5" + f" --design {design}" * (design != "b")) for design in "abcde"}, (
         Finding("(a) never sees the subject (identity)", "identity", "design (b)", "design (a)"),
@@ -138,12 +136,12 @@ ABLATIONS = {
           for other in "cde" for what, score in (("moves more", "movement"), ("meets the text better (CLIP-T)", "clip_t")))),
         "design (b)", ("dino_i", "movement"), looks=True, sweep=SWEEP),
     "sugar-design-tsf": Ablation("SUGAR, Figure 11", "sugar", {
-        "design (b), TSF": Variant(TSF.train), "design (e), TSF": Variant(TSF_E.train)}, (
+        "design (b), TSF": TSF, "design (e), TSF": TSF_E}, (
         Finding("at the same likeness (b) moves more than (e)", "movement", "design (b), TSF", "design (e), TSF", at="dino_i"),
         Finding("at the same likeness (b) meets the text better than (e) (CLIP-T)", "clip_t", "design (b), TSF", "design (e), TSF",
                 at="dino_i")), "design (b), TSF", ("dino_i", "movement"), looks=True, sweep=SWEEP),
     "sugar-strategy": Ablation("SUGAR, Figure 6", "sugar", {
-        **MIX_E, "TS": Variant("--strategy ts --design e", SCALES), "TSF": TSF_E}, (
+        **MIX_E, "TS": Variant("--strategy ts --design e"), "TSF": TSF_E}, (
         Finding("real videos alone cannot change the look", "look", "Mix, p = 0.5", "Mix, p = 0"),
         Finding("real videos alone meet the text worse (CLIP-T)", "clip_t", "Mix, p = 0.5", "Mix, p = 0"),
         Finding("synthetic videos in the mix cost motion", "movement", "Mix, p = 0", "Mix, p = 0.5"),
@@ -154,15 +152,15 @@ ABLATIONS = {
         Finding("TSF still changes the look", "look", "TSF", "Mix, p = 0")), "TSF", ("look", "movement"), looks=True,
         note="Mix takes as many steps as the two stages together."),
     "sugar-synthetic": Ablation("SUGAR, Figure 7", "sugar", {
-        "TSF-Video": Variant(TSF_E.train), "TSF-Image": Variant("--strategy tsf --design e --synthetic image")}, (
+        "TSF-Video": TSF_E, "TSF-Image": Variant("--strategy tsf --design e --synthetic image")}, (
         Finding("synthetic videos meet the text better than synthetic images (CLIP-T)", "clip_t", "TSF-Video", "TSF-Image"),
         Finding("and the asked look (exact)", "look", "TSF-Video", "TSF-Image"),
         Finding("at the same subject consistency they move more", "movement", "TSF-Video", "TSF-Image", at="subject")),
         "TSF-Video", ("subject", "movement"), looks=True, sweep=SWEEP),
     "sugar-drop": Ablation("SUGAR, Figure 9", "sugar", {
-        "nothing dropped": TSF, **{f"{what} dropped": Variant(TSF.train, f"{SCALES} --t-bar 900 --drop {what}") for what in
+        "nothing dropped": TSF, **{f"{what} dropped": Variant(TSF.train, f"--t-bar 900 --drop {what}") for what in
                                    ("dino", "clip", "both")},
-        "trained without dropping": Variant("--strategy tsf --drop-dino 0 --drop-clip 0", SCALES)}, (
+        "trained without dropping": Variant("--strategy tsf --drop-dino 0 --drop-clip 0")}, (
         Finding("dropping DINO early moves more", "movement", "dino dropped", "nothing dropped"),
         Finding("without loss of identity", "identity", "dino dropped", "nothing dropped", margin=0.05),
         Finding("or of what the text asks for", "look", "dino dropped", "nothing dropped", margin=0.05),

@@ -196,7 +196,8 @@ class Sampler:
             raise BadInput(f"{self.name} names {name} as its scheduler; known are {' and '.join(schedulers)}.")
         new = config.patch_t == 2
         return Settings(frames=config.sample_frames, height=768 if new else config.sample_height * 8,
-                        width=1360 if new else config.sample_width * 8, fps=16 if new else 8, scheduler=schedulers[name])
+                        width=1360 if new else config.sample_width * 8, fps=16 if new else 8, scheduler=schedulers[name],
+                        **read_scales(self.scheduler))
 
     @contextmanager
     def on_device(self, network: torch.nn.Module, again: bool = True, stay: bool = False):
@@ -336,6 +337,15 @@ class Sampler:
 def read_schedule(model: Path) -> dict:
     """The checkpoint's scheduler_config.json."""
     return checkpoint.read_json(checkpoint.need(model, "scheduler") / "scheduler_config.json")
+
+
+def read_scales(schedule: dict) -> dict[str, float]:
+    """The scales of guidance that a scheduler_config.json asks for: those of the official checkpoints name none, the toy's does."""
+    scales = {name: schedule[name] for name in ("guidance", "omega_image", "omega_text") if name in schedule}
+    for name, scale in scales.items():
+        if not isinstance(scale, (int, float)):
+            raise BadInput(f"scheduler_config.json has {name} {scale!r}, which is no number.")
+    return scales
 
 
 def switch_stands_on(config: Config) -> bool:

@@ -23,7 +23,7 @@ from checkpoint import BadInput, exit_status
 from data import Encoder, OneFrame, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors, save_transformer
-from pipeline import Settings, read_schedule
+from pipeline import read_schedule
 from readers import add_arguments, clip_of, open_data
 from resume import last_checkpoint
 from training import (DTYPES, Options, add_common, check_parallel, check_range, check_settings, drop_earlier, generator, options_of,
@@ -157,7 +157,8 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
     if stage.frozen:
         freeze_first_half(model, dtype)
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute, args.compile)
-    alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
+    schedule = read_schedule(folder)
+    alpha_bar = alpha_bar_schedule(schedule).to(ranks.device)
 
     def plan(step: int) -> tuple[str, int]:
         """p is "the probability of sampling from the synthetic dataset": drawn for each step, on all ranks alike."""
@@ -172,8 +173,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
                                        keep_dino=keep_dino, keep_clip=keep_clip)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
-    sampled = Settings(0, 0, 0, 8, "ddim", steps=20, omega_image=2.5, omega_text=5.0)
-    validation = Validation(model, encoder, alpha_bar, held_out, out, ranks, dtype, args.validate_count, settings=sampled)
+    validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count)
     state = train(model, options_of(args, out=out), ranks, plan, loss_of, validation, settings)
     if state.step < args.steps:
         return False

@@ -146,7 +146,8 @@ def run(args: argparse.Namespace) -> None:
     weights = checkpoint.need(folder, "transformer")
     model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute, args.compile)
-    alpha_bar = alpha_bar_schedule(read_schedule(folder)).to(ranks.device)
+    schedule = read_schedule(folder)
+    alpha_bar = alpha_bar_schedule(schedule).to(ranks.device)
 
     def loss_of(phase: str, positions: list[int]) -> Tensor:
         """L_img or L_vid (Switch eq. 4): v-prediction of X_out given X_in and C_T."""
@@ -164,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
             phase = phase_of(step, args, name)
             return phase, args.image_batch if phase == "image" else args.video_batch
 
-        validation = Validation(model, encoder, alpha_bar, held_out, out, ranks, dtype, args.validate_count,
+        validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count,
                                 with_reference=args.strategy != "video-only")
         state = train(model, options_of(args, out=out, steps=steps), ranks, plan, loss_of, validation, settings_of(args))
         if state.step < steps:

@@ -14,9 +14,10 @@ import media
 from cache import Cache
 from checkpoint import BadInput
 from data import Encoder, Example, OneFrame, Stream, Toy, ToyTest
+from diffusion import alpha_bar_schedule
 from distributed import Ranks
 from media import Clip
-from pipeline import Conditions, Request, Settings, noise_source, sample_latents
+from pipeline import Conditions, Request, Settings, noise_source, read_scales, sample_latents
 from sample import read_listing
 
 
@@ -67,12 +68,12 @@ class Validation:
     Every rank samples, as a sharded model needs them all; the first one writes. examples: None is no validation.
     """
 
-    def __init__(self, model: nn.Module, encoder: Encoder, alpha_bar: torch.Tensor, examples: ToyTest | Subjects | None, out: Path,
-                 ranks: Ranks, dtype: torch.dtype, count: int = 4, with_reference: bool = True, settings: Settings | None = None):
-        self.model, self.encoder, self.alpha_bar, self.examples = model, encoder, alpha_bar, examples
+    def __init__(self, model: nn.Module, encoder: Encoder, schedule: dict, examples: ToyTest | Subjects | None, out: Path,
+                 ranks: Ranks, dtype: torch.dtype, count: int = 4, with_reference: bool = True):
+        self.model, self.encoder, self.alpha_bar, self.examples = model, encoder, alpha_bar_schedule(schedule), examples
         self.out, self.ranks, self.dtype, self.with_reference = out, ranks, dtype, with_reference
         self.count = 0 if examples is None else min(count, len(examples))
-        self.settings = settings or Settings(0, 0, 0, 8, "ddim", steps=20)
+        self.settings = Settings(0, 0, 0, 8, "ddim", steps=20, **read_scales(schedule))
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
@@ -110,6 +111,6 @@ class Validation:
             given.reference = to(self.encoder.vae_config.scale(self.encoder.posterior(fitted[None])[0].float())[:, 0])
         T = (len(example.video) - 1) // 4 + 1
         x = noise_source(seed)(1, T, self.model.config.out_channels, height // 8, width // 8).to(self.ranks.device)
-        latents = sample_latents(self.model, given, self.alpha_bar.cpu(), self.settings, x, noise=lambda: None)
+        latents = sample_latents(self.model, given, self.alpha_bar, self.settings, x, noise=lambda: None)
         vae = self.encoder.vae
         return media.video_to_frames(vae.decode(vae.config.unscale(latents.transpose(1, 2)).to(self.encoder.dtype))[0])

@@ -226,6 +226,8 @@ BAD = {
     "scheduler of another kind": (
         lambda: edit_json("toy/scheduler/scheduler_config.json", prediction_type="epsilon"), T2V,
         ["prediction_type", "epsilon"]),
+    "guidance that is a word": (
+        lambda: edit_json("toy/scheduler/scheduler_config.json", guidance="much"), T2V, ["guidance", "much"]),
     "tokenizer empty": (lambda: Path("toy/tokenizer/spiece.model").unlink(), T2V, ["tokenizer", "spiece.model"]),
     "tokenizer damaged": (lambda: truncate("toy/tokenizer/spiece.model"), T2V, ["spiece.model"]),
     # its weights

@@ -88,6 +88,7 @@ def test_whole_runs_beside_diffusers(name, scheduler, tokenizer, tmp_path, monke
     monkeypatch.setattr(pipeline, "noise_source", lambda seed: lambda *shape: next(draws).reshape(shape))
     sampler = Sampler(str(tmp_path / "model"))
     assert sampler.kind == ("i2v" if image else "t2v") and sampler.defaults().scheduler == scheduler
+    assert sampler.defaults().guidance == 6.0
     settings = Settings(frames=9, height=48, width=64, fps=8, scheduler=scheduler, steps=STEPS, guidance=guidance)
     request = Request(prompt, negative, 0, tmp_path / "out.mp4", reference=image)
     [(_, ours)] = sampler.videos([request], settings)

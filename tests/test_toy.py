@@ -10,6 +10,7 @@ import toy
 import toy_networks
 import world
 from encoders import Tokenizer
+from pipeline import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,12 @@ def test_what_was_built_samples(built, tmp_path):
         model = folder / "toy" if name == "switch" else folder / "toy" / name
         assert sample.main(["--model", str(model), *more, "--image", str(world_image), "--prompt", "a creature jumps", "--steps", "2", "--out",
                             str(tmp_path / f"{name}.gif"), "--device", "cpu"]) == 0
+
+
+def test_the_checkpoint_says_how_much_guidance(built):
+    for part in ("", "sugar", "i2v"):
+        settings = Sampler(str(built[0] / "toy" / part)).defaults()
+        assert {name: getattr(settings, name) for name in toy_networks.SCALES} == toy_networks.SCALES
 
 
 def test_a_finished_stage_is_not_repeated(built, monkeypatch, capsys):
