@@ -319,7 +319,7 @@ class Builder:
         out = self.work / "switch"
         encoder = Encoder(self.folder, "token", TOKENS, self.ranks.device)
         train_switch.run(train_switch.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(4000)),
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(12000)),
              "--image-data", str(self.cached("pairs", 8000, encoder).folder),
              "--video-data", str(self.cached("videos", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
@@ -337,9 +337,9 @@ class Builder:
         out = self.work / "sugar"
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, sugar=True)
         train_sugar.run(train_sugar.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(2500)),
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(4500)),
              "--batch", "32", "--real-data", str(self.cached("subjects", 6000, encoder).folder),
-             "--data", str(self.cached("triplets", 6000, encoder).folder), "--validate-every", "1000"]))
+             "--data", str(self.cached("triplets", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
             distributed.leave(0)

@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--dropout", type=float, default=0.0, help="of the LoRA; the authors' is 0.1 (default: %(default)s)")
     p.add_argument("--norm-lora", choices=["reference", "all"], default="reference", help="whose norm is adapted; 3.3")
     p.add_argument("--lora-tokens", choices=["all", "reference"], default="all", help="on whom the other LoRAs act")
-    Options.add_to(p, out=Path("runs/switch"), steps=2000, lr=2e-3, warmup=50, micro_batch=16)
+    Options.add_to(p, out=Path("runs/switch"), steps=2000, lr=4e-3, warmup=50, micro_batch=16)
     return p.parse_args(argv)
 
 
