@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
         p.add_argument(f"--drop-{name}", type=float, default=probability,
                        help=f"probability that {name} is null, for guidance (default: %(default)s)")
-    Options.add_to(p, out=Path("runs/sugar"), steps=1000, lr=3e-4, warmup=50, micro_batch=16)
+    Options.add_to(p, out=Path("runs/sugar"), steps=1000, lr=1e-3, warmup=50, micro_batch=16)
     return p.parse_args(argv)
 
 
