@@ -66,7 +66,8 @@ SETS = {  # which scores a paper prints, as a factor times the share, and its ro
 
 
 def rows_of(args: argparse.Namespace) -> list[dict]:
-    """What is to be made: "name" of the video, "prompt", "noun", "subject", "kind", "image" and "seed"."""
+    """What is to be made: "name" of the video, "prompt", "noun", "subject", "kind", "image" and "seed"; of SUGAR's prompts also
+    whether we "restored" it."""
     if args.set == "toy":
         return toy_rows(args)
     if args.dreambench is None:
@@ -76,10 +77,11 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
         first.setdefault(photograph.subject, photograph)
     rows = []
     for number, photograph in enumerate(first.values()):
-        for text in prompts.SUGAR[photograph.kind] if args.set == "sugar" else prompts.SWITCH[photograph.noun]:
-            prompt = text.replace("sks", photograph.noun)
+        for i, text in enumerate(prompts.SUGAR[photograph.kind] if args.set == "sugar" else prompts.SWITCH[photograph.noun]):
+            prompt, restored = text.replace("sks", photograph.noun), {"restored": (photograph.kind, i) in prompts.RESTORED}
             rows.append({"name": f"{prompt}-{number}", "prompt": prompt, "noun": photograph.noun, "subject": photograph.subject,
-                         "kind": photograph.kind, "image": str(photograph.file.resolve()), "seed": args.seed + len(rows)})
+                         "kind": photograph.kind, "image": str(photograph.file.resolve()), "seed": args.seed + len(rows),
+                         **(restored if args.set == "sugar" else {})})
     return rows
 
 

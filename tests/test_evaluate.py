@@ -203,6 +203,9 @@ def test_the_papers_pairs(which, count, tmp_path):
     assert all("sks" not in row["prompt"] and row["noun"] in row["prompt"] and "/" not in row["name"] for row in rows)
     assert all(re.sub(r"-\d+$", "", row["name"]) == row["prompt"] for row in rows)  # how VBench reads a prompt off a name
     assert all(len(row["name"].encode()) < 200 for row in rows)
+    if which == "sugar":
+        kinds = {row["subject"]: row["kind"] for row in rows}.values()
+        assert sum(row["restored"] for row in rows) == 5 * list(kinds).count("active object") + 3 * list(kinds).count("static object") > 0
 
 
 def test_prompts_are_whole():
