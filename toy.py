@@ -337,8 +337,8 @@ class Builder:
         out = self.work / "sugar"
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, sugar=True)
         train_sugar.run(train_sugar.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(4500)),
-             "--batch", "32", "--real-data", str(self.cached("subjects", 6000, encoder).folder),
+            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(5000)),
+             "--real-data", str(self.cached("subjects", 6000, encoder).folder),
              "--data", str(self.cached("triplets", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
