@@ -72,13 +72,12 @@ class Toy:
             drawn, image = world.sample_masked(rng, self.split), None
             if self.stream == "subjects":  # "object segmentation on randomly sampled frames"
                 frame = rng.integers(len(drawn["video"]))
-                mask = Image.fromarray(drawn["masks"][frame].astype(np.uint8) * 255)
-                image = media.cut_out(Image.fromarray(drawn["video"][frame]), mask)
+                image = Image.fromarray(world.alone(drawn["video"][frame], drawn["masks"][frame]))
         return Example(drawn["video"], drawn["text"], image, world.NOUN)
 
 
 class ToyTest:
-    """Held-out subjects for validation: a portrait and a text that asks for a scene, with the exact scores of the world.
+    """Held-out subjects for validation: a portrait on white and a text that asks for a scene, with the exact scores of the world.
     looks: what the texts may ask the subject to look like."""
 
     def __init__(self, seed: int = 0, looks: tuple[str, ...] = ("plain",)):
@@ -91,7 +90,7 @@ class ToyTest:
         rng = np.random.default_rng((self.seed, 99, i))
         scene = world.sample_scene(rng, "test", look=self.looks[rng.integers(len(self.looks))])
         others = world.candidates(scene.subject, rng)
-        return Example(world.render(scene), world.caption(scene, rng), Image.fromarray(world.portrait(scene.subject)),
+        return Example(world.render(scene), world.caption(scene, rng), media.on_white(Image.fromarray(world.portrait(scene.subject))),
                        world.NOUN, lambda video: measure.score(video, scene, others))
 
 

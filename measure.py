@@ -106,7 +106,7 @@ def measure(video: ndarray, candidates: list[Subject], look: str) -> dict:
     B = backdrops()[kind, shift]
     motion, movement = classify(track(video, B))
     V = V[[0, len(V) // 2, -1]]  # three frames suffice for the rest
-    explained = {(subject, dressed): fit(texture(subject, dressed, 13), REACH, np.linspace(-0.5, 0.25, 4),
+    explained = {(subject, dressed): fit(texture(subject, dressed, 13), REACH, np.linspace(-0.4, 0.4, 4),
                                          np.arange(0, 360, 30), V, B)[1].sum()
                  for subject in candidates for dressed in (LOOKS if subject == candidates[0] else [look])}
     return {"identity": max(candidates, key=lambda subject: explained[subject, look]),

@@ -111,7 +111,7 @@ def source(run: Run, args: argparse.Namespace) -> None:
         for sample in todo:
             try:
                 if sample["image"] is None:
-                    image = Image.fromarray(world.portrait(world.sample_subject((args.seed, 31, int(sample["id"])))))
+                    image = media.on_white(Image.fromarray(world.portrait(world.sample_subject((args.seed, 31, int(sample["id"]))))))
                 else:
                     image = media.open_image(sample["image"])
                 mask = segment(image, sample["label"]) if segment else media.alpha_mask(image)

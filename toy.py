@@ -120,7 +120,7 @@ VAE_STAGES = {"vae": (10000, 2e-3, ("frames", "clips"), F.l1_loss, 0.0, 1e-3),
 
 
 # Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.
-TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (10000, 2e-3), "i2v": (1500, 1e-3)}
+TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (16000, 2e-3), "i2v": (1500, 1e-3)}
 
 
 class Builder:
@@ -178,15 +178,14 @@ class Builder:
         self.finish(TextTask(tokenizer.size), weights, lambda task: save_half(task.t5, self.folder / "text_encoder"))
 
     def picture(self, rng: np.random.Generator, subject: world.Subject, look: str) -> tuple[Tensor, str]:
-        """A portrait of the subject, or the subject somewhere in the world: [3, SIDE, SIDE], and a caption."""
+        """The subject at some moment, before its background or alone, and a caption: [3, SIDE, SIDE]."""
+        still = {"motion": None} if rng.random() < 0.5 else {}
+        scene, frame = world.sample_scene(rng, subject=subject, look=look, **still), int(rng.integers(world.FRAMES))
+        this = slice(frame, frame + 1)
+        [image], text = world.render(scene, this), world.caption(scene, rng)
         if rng.random() < 0.5:
-            image = world.portrait(subject, look, rng.uniform(1.0, 1.6), rng.uniform(-15, 15))
-            image, text = media.on_white(media.Image.fromarray(image)), world.LOOKS[look][rng.integers(2)].format(world.NOUN)
-        else:
-            still = {"motion": None} if rng.random() < 0.5 else {}
-            scene = world.sample_scene(rng, subject=subject, look=look, **still)
-            image, text = media.Image.fromarray(world.render(scene, 1)[0]), world.caption(scene, rng)
-        return media.image_to_tensor(image.resize((SIDE, SIDE))), text
+            image, text = world.alone(image, world.masks(scene, this)[0]), world.LOOKS[look][rng.integers(2)].format(world.NOUN)
+        return media.image_to_tensor(media.Image.fromarray(image).resize((SIDE, SIDE))), text
 
     def dino(self) -> None:
         model = DINOTask().to(self.ranks.device)
@@ -233,7 +232,7 @@ class Builder:
         if rng.random() < 0.25:
             image = world.portrait(scene.subject, scene.look, rng.uniform(1.0, 1.4), rng.uniform(-15, 15))[None]
             return {"video": image[..., :3], "masks": image[..., 3] > 127}
-        return {"video": world.render(scene, 1), "masks": world.masks(scene)[:1]}
+        return {"video": world.render(scene, slice(1)), "masks": world.masks(scene, slice(1))}
 
     def vae(self, stage: str) -> None:
         model, (steps, lr, streams, *_) = VAETask(stage).to(self.ranks.device), VAE_STAGES[stage]
@@ -280,7 +279,7 @@ class Builder:
         if i2v:
             start_from_base(model, self.folder / "transformer")
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, reference_frames=1)
-        cache = self.cached("styled", 16000, encoder)
+        cache = self.cached("styled", 12000, encoder)
         clips = Stream(cache, len(cache), encoder, self.seed)
         alpha_bar, null = alpha_bar_schedule(SCHEDULE).to(self.ranks.device), encoder.null
 

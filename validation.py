@@ -83,7 +83,7 @@ class Validation:
         for number in range(self.count):
             example = self.examples[number]
             frames = self.sample(example, number)
-            rows.append((media.on_white(example.image), example.text, frames))
+            rows.append((example.image, example.text, frames))
             if example.measure is not None and self.ranks.first:
                 scores.append(example.measure(frames))
         if not self.ranks.first:
@@ -104,7 +104,7 @@ class Validation:
         given = Conditions(to(self.encoder.text(example.text, example.noun)), to(self.encoder.text("")))
         height, width = example.video.shape[1:3]
         if self.encoder.sugar:
-            image = media.on_white(example.image)
+            image = example.image
             given.dino, given.clip = (to(encoder([image])[0]) for encoder in self.encoder.image_encoders.values())
         elif self.with_reference:
             fitted = np.asarray(media.fit(example.image, height, width, "pad"))

@@ -112,17 +112,19 @@ LOOKS = {  # the colours of OUTLINE to PUPIL, and light added at (u, v), given w
 }
 RAMP = np.linspace(-0.5, 0.5, FRAMES)
 ARCH = np.square(RAMP).mean() * 4 - 4 * RAMP**2  # up and down again; the mean is 0, as of RAMP, and they are orthogonal
-MOTIONS = {  # which part of the pose (x, y, log scale, angle) changes, by how much (pixels, degrees), along which curve
+# Which part of the pose (x, y, log scale, angle) changes, by how much (pixels, degrees), along which curve. 16 pixels are a patch.
+MOTIONS = {
     "still": (" is standing still", " stands still", 0, 0.0, RAMP),
-    "left": (" is moving left", " moves to the left", 0, -18.0, RAMP),
-    "right": (" is moving right", " moves to the right", 0, 18.0, RAMP),
-    "up": (" is floating up", " rises into the air", 1, -18.0, RAMP),
-    "down": (" is sinking down", " drops down", 1, 18.0, RAMP),
-    "jump": (" is jumping", " jumps up and down", 1, -18.0, ARCH),
+    "left": (" is moving left", " moves to the left", 0, -16.0, RAMP),
+    "right": (" is moving right", " moves to the right", 0, 16.0, RAMP),
+    "up": (" is floating up", " rises into the air", 1, -16.0, RAMP),
+    "down": (" is sinking down", " drops down", 1, 16.0, RAMP),
+    "jump": (" is jumping", " jumps up and down", 1, -16.0, ARCH),
     "spin": (" is spinning", " turns around", 3, 120.0, RAMP),
-    "grow": (" is growing", " becomes bigger", 2, np.log(1.7), RAMP),
-    "shrink": (" is shrinking", " becomes smaller", 2, -np.log(1.7), RAMP),
+    "grow": (" is growing", " becomes bigger", 2, np.log(1.5), RAMP),
+    "shrink": (" is shrinking", " becomes smaller", 2, -np.log(1.5), RAMP),
 }
+CENTRE = (SIZE / 2, SIZE / 2 + 1)  # where clips begin with their subject, give or take 2 pixels
 SHIFT = 4  # pixels that a background may be moved to either side
 
 
@@ -170,7 +172,7 @@ class Scene:
     """All that a clip shows. The seed decides what the text leaves open: where, how large, how tilted, how far."""
 
     subject: Subject
-    motion: str | None  # None is a photograph: nothing moves, and the subject is posed more freely
+    motion: str | None  # None is a photograph: nothing moves, and its text says nothing of it
     background: str
     look: str
     seed: int
@@ -289,33 +291,37 @@ def backdrop(background: str, shift: int = 0) -> ndarray:
 
 
 def poses(scene: Scene) -> tuple[ndarray, int]:
-    """The subject's pose (see place) in each frame, [FRAMES, 4], and the shift of the background in pixels."""
+    """The subject's pose (see place) in each frame, [FRAMES, 4], and the shift of the background in pixels. It begins in the middle."""
     rng = np.random.default_rng(scene.seed)
     (x, y, tilt), size, reach = rng.uniform(-1, 1, 3), rng.uniform(0.95, 1.05), rng.uniform(0.85, 1.1)
     sign, shift = rng.choice([-1, 1]), int(rng.integers(-SHIFT, SHIFT + 1))
-    if scene.motion is None:
-        return np.tile([32 + 6 * x, 34 + 4 * y, np.log(size), 10 * tilt], (FRAMES, 1)), shift
-    _, _, part, amount, curve = MOTIONS[scene.motion]
-    path = np.tile([32 + 2 * x, 35 + 2 * y, np.log(size) - 0.15 * (part == 2), 5 * tilt], (FRAMES, 1))
-    path[:, part] += amount * curve * reach * scene.strength * (sign if part == 3 else 1)
+    path = np.tile([CENTRE[0] + 2 * x, CENTRE[1] + 2 * y, np.log(size), 5 * tilt], (FRAMES, 1))
+    if scene.motion is not None:
+        _, _, part, amount, curve = MOTIONS[scene.motion]
+        path[:, part] += amount * (curve - curve[0]) * reach * scene.strength * (sign if part == 3 else 1)
     return path, shift
 
 
-def render(scene: Scene, frames: int = FRAMES) -> ndarray:
-    """The clip, or its first frames: uint8 [frames, SIZE, SIZE, 3]."""
+def render(scene: Scene, frames: slice = slice(None)) -> ndarray:
+    """The clip, or some of its frames: uint8 [frames, SIZE, SIZE, 3]."""
     path, shift = poses(scene)
-    subject = place(texture(scene.subject, scene.look), REACH, path[:frames])
+    subject = place(texture(scene.subject, scene.look), REACH, path[frames])
     return (backdrop(scene.background, shift) * (1 - subject[..., 3:]) + subject[..., :3] + 0.5).astype(np.uint8)
 
 
-def masks(scene: Scene) -> ndarray:
-    """Where the subject is: bool [FRAMES, SIZE, SIZE]."""
-    return place(texture(scene.subject, scene.look), REACH, poses(scene)[0])[..., 3] > 0.5
+def masks(scene: Scene, frames: slice = slice(None)) -> ndarray:
+    """Where the subject is: bool [frames, SIZE, SIZE]."""
+    return place(texture(scene.subject, scene.look), REACH, poses(scene)[0][frames])[..., 3] > 0.5
 
 
-def portrait(subject: Subject, look: str = "plain", scale: float = 1.3, angle: float = 0.0) -> ndarray:
-    """The subject alone, in the middle: uint8 RGBA [SIZE, SIZE, 4]; white where it is not."""
-    image = place(texture(subject, look), REACH, np.array([[SIZE / 2, SIZE / 2 + 2, np.log(scale), angle]]))[0]
+def alone(frame: ndarray, mask: ndarray) -> ndarray:
+    """The subject where it is in a frame [SIZE, SIZE, 3], and all else white."""
+    return np.where(mask[..., None], frame, np.uint8(255))
+
+
+def portrait(subject: Subject, look: str = "plain", scale: float = 1.0, angle: float = 0.0) -> ndarray:
+    """The subject alone, where clips begin with it: uint8 RGBA [SIZE, SIZE, 4]; white where it is not."""
+    image = place(texture(subject, look), REACH, np.array([[*CENTRE, np.log(scale), angle]]))[0]
     image[..., :3] += 255 * (1 - image[..., 3:])
     return (image * (1, 1, 1, 255) + 0.5).astype(np.uint8)
 
@@ -353,10 +359,10 @@ def sample_pair(rng: Rng, split: str = "train") -> dict:
     one, two = (sample_scene(rng, split, motion=None) for _ in range(2))
     elsewhere = pick(rng, (name for name in BACKGROUNDS if name != one.background))
     two = replace(two, subject=one.subject, background=elsewhere)
-    reference = render(one, 1)[0]
+    reference = render(one, slice(1))[0]
     if rng.random() < 0.5:
-        reference = portrait(one.subject, scale=rng.uniform(1.2, 1.4), angle=rng.uniform(-5, 5))[..., :3]
-    return {"reference": reference, "target": render(two, 1)[0], "text": caption(two, rng), "noun": NOUN,
+        reference = portrait(one.subject, scale=rng.uniform(0.95, 1.05), angle=rng.uniform(-5, 5))[..., :3]
+    return {"reference": reference, "target": render(two, slice(1))[0], "text": caption(two, rng), "noun": NOUN,
             "scene": two}
 
 
@@ -385,7 +391,7 @@ def sample_triplet(rng: Rng, split: str = "train") -> dict:
                          strength=rng.uniform(0.2, 0.5))
     if rng.random() < STILL_SHARE:
         scene = replace(scene, motion="still")
-    image = portrait(scene.subject, scale=rng.uniform(1.1, 1.3), angle=rng.uniform(-10, 10))
+    image = portrait(scene.subject, scale=rng.uniform(0.95, 1.05), angle=rng.uniform(-5, 5))
     return {"video": render(scene), "text": caption(scene, rng), "image": image, "scene": scene}
 
 
@@ -410,7 +416,7 @@ def draw_sheet(file: str = "world.png", tile: int = 96, margin: int = 130) -> No
     rows = [("subjects" * (i == 0), [portrait(s)[..., :3] for s in subjects[9 * i :][:9]]) for i in range(3)]
     rows += [(motion, render(sample_scene(rng, motion=motion, look="plain"))) for motion in MOTIONS]
     rows += [("backgrounds", [backdrop(name).astype(np.uint8) for name in BACKGROUNDS])]
-    rows += [(look, [render(Scene(*shown, look, 3), 1)[0] for shown in zip(subjects, ["still"] * 8, BACKGROUNDS)])
+    rows += [(look, [render(Scene(*shown, look, 3))[0] for shown in zip(subjects, ["still"] * 8, BACKGROUNDS)])
              for look in LOOKS]
     sheet = Image.new("RGB", (margin + 9 * (tile + 4), len(rows) * (tile + 4) + 4), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
