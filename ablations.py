@@ -208,7 +208,7 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
         options.steps *= 2
     parts = ("transformer", "vae", "text_encoder", "dino", "clip")
     weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in parts))
-    settings = {name: value for name, value in settings_of(options).items() if name not in ("model", "seed")} | {"of": weights}
+    settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights}
     options.out = args.out / f"{method}-{digest(settings)}-{seed}"
     return options, settings
 

@@ -2,6 +2,7 @@
 safetensors, in one file or in shards with an index. This file knows no network; it reads, checks and writes files.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from torch import nn
 WEIGHTS = "diffusion_pytorch_model"  # stem of diffusers' weight files; transformers' is "model"
 CHUNK = 128 * 2**20  # bytes of a shard that are mapped at a time, see load()
 SHARD = 5 * 10**9  # bytes in a shard that we write, diffusers' default
+CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # why a disk takes nothing
 
 
 class BadInput(Exception):
@@ -29,11 +31,17 @@ class BadInput(Exception):
 
 
 def exit_status(run: Callable[[], None], interrupted: str = "interrupted") -> int:
-    """Runs a command. What a person gave wrong is said in one sentence and is status 2; Ctrl-C is status 130."""
+    """Runs a command. What a person gave wrong is said in one sentence and is status 2, and so is a disk that is full or closed to us;
+    Ctrl-C is status 130."""
     try:
         run()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) not in CLOSED and not any(f"os error {number})" in str(error) for number in CLOSED):
+            raise
+        print(f"error: A file could not be written ({error}); what was there before is whole.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

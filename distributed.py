@@ -172,6 +172,14 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
 
 
+def reshard(model: nn.Module) -> None:
+    """After a forward pass that no backward pass follows, FSDP2 leaves some weights whole, in the type of the computation, in the place
+    of the float32 parts: this puts those back."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def check_compiler(device: str) -> None:
     """Raises where torch.compile would fail: it writes C++ for the CPU and Triton for a GPU."""
     if device.startswith("cuda"):

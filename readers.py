@@ -88,6 +88,9 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     if count is not None and count < 1:
         raise BadInput(f"{count} examples of {stream} were asked for: choose 1 or more.")
     if source is None:
+        for name in ("frames", "height", "width", "fps"):
+            if getattr(args, name) is not None:
+                raise BadInput(f"--{name} {getattr(args, name)} is for data of your own: the toy's world has 9 frames of 64x64.")
         return Toy(stream, args.seed), count or toy_count
     path = Path(source)
     if not path.exists():

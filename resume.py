@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict, ranks
     def write() -> None:
         name = part / f"rank-{ranks.rank:05d}.safetensors"
         save_file({key: local(tensor).detach().cpu().contiguous() for key, tensor in tensors.items()}, name)
+        with name.open("rb") as file:
+            os.fsync(file.fileno())  # on the disk, before the folder has its name
 
     def finish() -> None:
         files = {file.name: file.stat().st_size for file in sorted(part.glob("rank-*"))}
@@ -75,8 +78,9 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict] | None:
             for name, size in state["files"].items():
                 if (candidate / name).stat().st_size != size:
                     raise BadInput(f"{name} is cut short")
+                safe_open(candidate / name, "pt")
             return candidate, state
-        except (BadInput, OSError, KeyError) as error:
+        except (BadInput, OSError, KeyError, SafetensorError) as error:
             print(f"warning: {candidate} is not whole ({error}); falling back to the one before", file=sys.stderr)
     return None
 

@@ -131,7 +131,9 @@ class Builder:
         if ranks.first:
             write_frame(folder)
             if not (folder / "tokenizer").exists():
-                write_tokenizer(folder / "tokenizer")
+                shutil.rmtree(folder / ".tokenizer-part", ignore_errors=True)
+                write_tokenizer(folder / ".tokenizer-part")
+                (folder / ".tokenizer-part").rename(folder / "tokenizer")
         ranks.wait()
 
     def fit(self, stage: str, model: nn.Module, blocks: list[nn.Module], steps: int, lr: float,
@@ -140,9 +142,8 @@ class Builder:
         distributed.shard(model, blocks, self.ranks, dtype)
         steps = max(round(steps * self.scale), 2)
         options = Options(out=self.work / stage, steps=steps, lr=lr, seed=self.seed, warmup=min(200, steps // 2),
-                          micro_batch=64, ema=0.999 if steps > 4000 else 0.0, save_every=200, keep=1, validate_every=10**9)
-        state = train(model, options, self.ranks, plan, loss_of, lambda step: None, {"stage": stage, "steps": steps})
-        if state.step < steps:  # stopped by a signal: the stage is not done
+                          micro_batch=64, ema=0.999 if steps > 4000 else 0.0, save_every=200, keep=1, validate_count=0)
+        if not train(model, options, self.ranks, plan, loss_of, lambda step: None, {"stage": stage, "steps": steps}):  # by a signal
             distributed.leave(0)
         return distributed.full_state_dict(model)
 

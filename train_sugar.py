@@ -8,6 +8,7 @@ image, and from synthetic ones, whose subject looks different but hardly moves.
 """
 
 import argparse
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors, save_transformer
 from pipeline import read_schedule
 from readers import add_arguments, clip_of, open_data
-from resume import last_checkpoint
 from training import (DTYPES, Options, add_common, check_parallel, check_range, check_settings, drop_earlier, generator, options_of,
                       print_plan, settings_of, train)
 from vae import VAEConfig
@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--p", type=float, default=0.5,
                    help="probability of the synthetic videos: with mix throughout, with ts and tsf in the second stage (default: "
                    "%(default)s)")
-    p.add_argument("--design", choices=list(DESIGNS), default="b", help="attention, Figure 4 (default: %(default)s)")
+    p.add_argument("--design", choices=list(DESIGNS), help="attention, Figure 4 (default: that of the model if it is SUGAR's, else b)")
     p.add_argument("--synthetic", choices=["video", "image"], default="video", help="image is Figure 7's TSF-Image")
     p.add_argument("--batch", type=int, default=16, help="64 for official weights, our guess (default: %(default)s)")
     p.add_argument("--real-data", metavar="PATH", help="real videos: a manifest, a folder or a cache (default: the toy's world)")
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
     ranks.share(args.batch)
     folder = checkpoint.resolve(args.model)
     config = read_config(checkpoint.need(folder, "transformer"))
+    args.design = args.design or config.design
     if config.image_to_video:
         raise BadInput(f"SUGAR cannot stand on {args.model}, an image-to-video model: it needs a text-to-video base.")
     if config.patch_t != 1:
@@ -126,17 +127,18 @@ def run(args: argparse.Namespace) -> None:
         streams[name] = Stream(dataset, length, encoder, args.seed)
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     if args.restart:
-        drop_earlier(ranks, *(args.out / stage.name / part for stage in stages_of(args) for part in ("checkpoints", "transformer")),
+        drop_earlier(ranks, args.out / "transformer", args.out / "model_index.json",
+                     *(args.out / stage.name / part for stage in stages_of(args)
+                       for part in ("checkpoints", "transformer", "settings.json", "validation", "validation.jsonl")),
                      *(args.out / kind / "skipped.jsonl" for kind in ("subjects", "triplets")))
     example = streams["real"][0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")
     for stage in stages_of(args):
-        out, settings = args.out / stage.name, settings_of(args, stage=stage.name, weights=str(weights))
+        out, settings = args.out / stage.name, settings_of(args, stage=stage.name, weights=checkpoint.fingerprint(weights))
         if (out / "transformer").is_dir():  # it has come to its end before
-            found = last_checkpoint(out / "checkpoints")
-            if found is not None:
-                check_settings(found[1]["settings"], settings, out)
+            if (out / "settings.json").exists():  # else another run has handed it on
+                check_settings(checkpoint.read_json(out / "settings.json"), settings, out)
         elif not train_stage(stage, weights, out, settings, args, ranks, folder, encoder, streams, held_out,
                              {**image, "design": args.design}):
             return  # stopped by a signal
@@ -174,13 +176,14 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
     validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count)
-    state = train(model, options_of(args, out=out), ranks, plan, loss_of, validation, settings)
-    if state.step < args.steps:
+    if not train(model, options_of(args, out=out), ranks, plan, loss_of, validation, settings):
         return False
     frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
     tensors = distributed.full_state_dict(model, lambda key: key not in frozen)
     if ranks.first:
         before = load_transformer(weights).state_dict() if frozen else {}  # in float32, as they no longer are here
+        with checkpoint.replace_when_whole(out / "settings.json") as part:
+            part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         save_tensors(model.config, before | tensors, out / "transformer")
     ranks.wait()  # the next stage begins with what the first rank has just written
     return True

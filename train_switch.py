@@ -8,6 +8,7 @@ who the subject is, plain videos keep alive how things move. Every step draws on
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,8 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
     check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"))
+    if not 0 < args.alpha < math.inf:
+        raise BadInput(f"--alpha {args.alpha}: choose a number above 0.")
     if args.strategy == "video-only":
         args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
         if args.steps < 1:
@@ -140,7 +143,8 @@ def run(args: argparse.Namespace) -> None:
     held_out = held_out_subjects(args, clip, ToyTest(args.seed), streams, encoder, ranks)
     if args.restart:
         drop_earlier(ranks, *(args.out / name / "checkpoints" for name, _ in runs_of(args)),
-                     *(args.out / kind / "skipped.jsonl" for kind in ("pairs", "videos")))
+                     *(args.out / name / part for name, _ in runs_of(args) for part in ("validation", "validation.jsonl")),
+                     *(args.out / kind / "skipped.jsonl" for kind in ("pairs", "videos")), args.out / "pytorch_lora_weights.safetensors")
 
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")
@@ -158,6 +162,7 @@ def run(args: argparse.Namespace) -> None:
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), reference=reference.to(dtype), **dropped)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
+    settings = settings_of(args, weights=checkpoint.fingerprint(weights))
     for name, steps in runs_of(args):
         out = args.out / name
 
@@ -167,8 +172,7 @@ def run(args: argparse.Namespace) -> None:
 
         validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count,
                                 with_reference=args.strategy != "video-only")
-        state = train(model, options_of(args, out=out, steps=steps), ranks, plan, loss_of, validation, settings_of(args))
-        if state.step < steps:
+        if not train(model, options_of(args, out=out, steps=steps), ranks, plan, loss_of, validation, settings):
             return  # stopped by a signal
     tensors = distributed.full_state_dict(model, lambda key: ".lora_A." in key or ".lora_B." in key)
     if ranks.first:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import BadInput
-from distributed import SMALL, Ranks, check_compiler, local
+from distributed import SMALL, Ranks, check_compiler, local, reshard
 from resume import last_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -94,7 +94,7 @@ def options_of(args: argparse.Namespace, **changes) -> Options:
 def settings_of(args: argparse.Namespace, **more) -> dict:
     """What makes a run what it is: the flags without those that change neither weights nor metrics (but for rounding, and for a
     LoRA's dropout, of which each micro-batch of each rank has its own)."""
-    free = {"out", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "restart", "max_skipped",
+    free = {"out", "model", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "restart", "max_skipped",
             "validate_on", "broken", "recompute", "sequence_parallel", "compile", "plan", "gpu_memory", "rate"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
@@ -106,8 +106,15 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
     for name in (*counts, "steps", "micro_batch", "save_every", "validate_every", "keep"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
-    if args.validate_count < 0:
-        raise BadInput(f"--validate-count {args.validate_count}: choose 0 or more.")
+    for name in ("validate_count", "max_skipped", "warmup", "seed", "weight_decay"):
+        if getattr(args, name) < 0:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 0 or more.")
+    for name in ("ema", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise BadInput(f"--{name} {getattr(args, name)}: choose a number from 0 to below 1.")
+    for name in ("lr", "clip", "rate", "gpu_memory"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a number above 0.")
 
 
 def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
@@ -140,8 +147,12 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     model: on the meta device, with what is frozen frozen; block: one of its blocks for real, on the CPU in bfloat16;
     folder: of the base; tokens: of the longest sample; batch: the largest global one; samples: in the whole run.
     """
-    there = [(checkpoint.part(folder, name), stem) for name, stem in (("vae", checkpoint.WEIGHTS), ("text_encoder", "model"))]
+    names = {"vae": checkpoint.WEIGHTS, "text_encoder": "model", **({"dino": "model", "clip": "model"} if model.config.sugar else {})}
+    there = [(checkpoint.part(folder, name), stem) for name, stem in names.items()]
     encoders = sum(entry.nbytes for part, stem in there if part for entry in checkpoint.index(part, stem).values())
+    sources = [getattr(args, name) for name in ("image_data", "video_data", "real_data", "data") if hasattr(args, name)]
+    if not args.validate_count and all(source and (Path(source) / "index.json").exists() for source in sources):
+        encoders = 0  # caches need none
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
@@ -151,7 +162,7 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     whole, largest = (2 * sum(p.numel() for p in part.parameters()) for part in (model, block))  # in bfloat16
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
-    parts = {"VAE and text encoder, on every rank": encoders, "weights, sharded": weights / world,
+    parts = {"frozen encoders, on every rank": encoders, "weights, sharded": weights / world,
              "gathered blocks": whole if whole <= SMALL else 2 * largest,
              "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
              "AdamW, sharded": 8 * trained / world,
@@ -162,7 +173,10 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     for name, size in {**parts, "in all": 1e9 * total}.items():
         print(f"  {name:<36} {size / 1e9:8.2f} GB")
     print(f"hours                  {samples / args.rate / 3600:.1f} at {args.rate:g} samples/s of all ranks (--rate)")
-    print(f"disk per checkpoint    {4 * trained * (copies + 2) / 1e9:.2f} GB, and {args.keep} are kept")
+    disk, there = 4 * trained * (copies + 2), next(path for path in (args.out, *args.out.resolve().parents) if path.exists())
+    print(f"disk per checkpoint    {disk / 1e9:.2f} GB, and {args.keep} are kept")
+    if disk * (args.keep + 1) > (free := shutil.disk_usage(there).free):  # the new one is written before the oldest goes
+        print(f"warning: {args.keep + 1} checkpoints will not fit on the disk of {args.out}, where {free / 1e9:.1f} GB are free: a smaller --keep")
     if total > args.gpu_memory:
         print(f"warning: {total:.0f} GB will not fit into {args.gpu_memory:g} GB: more ranks, a smaller --micro-batch"
               + ("" if args.recompute else ", --recompute"))
@@ -193,8 +207,8 @@ def learning_rate(step: int, options: Options) -> float:
 
 
 def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int], tuple[str, int]],
-          loss_of: Callable[[str, list[int]], Tensor], validate: Callable[[int], None], settings: dict) -> State:
-    """Trains the parameters of `model` that require a gradient.
+          loss_of: Callable[[str, list[int]], Tensor], validate: Callable[[int], None], settings: dict) -> bool:
+    """Trains the parameters of `model` that require a gradient. Returns whether the run has come to its end: SIGTERM stops it before.
 
     plan(step) -> (stream, global batch): what a step trains on, the same on every rank.
     loss_of(stream, positions) -> mean loss of those samples of the stream.
@@ -215,8 +229,17 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         load_checkpoint(*found, tensors, ranks)
         state = State(**{key: found[1].get(key, value) for key, value in asdict(state).items()})
     if ranks.first:
-        keep_metrics(metrics, state.step)
+        options.out.mkdir(parents=True, exist_ok=True)
+        keep_lines(metrics, state.step)
     stop = stop_on_signal()
+
+    def look() -> None:
+        model.eval()
+        validate(state.step)
+        reshard(model)
+
+    if options.validate_count and state.step == 0:
+        look()
     bar = tqdm(total=options.steps, initial=state.step, unit="step", disable=not ranks.first, dynamic_ncols=True)
     saved, clock, done, before = state.step, time.perf_counter(), 0, state.seconds
     while state.step < options.steps:
@@ -249,7 +272,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
             state.skipped += 1
             if state.skipped > options.max_skipped:
                 raise BadInput(f"The loss was not finite for {state.skipped} steps, the last one step {state.step} on {stream} "
-                               f"samples {first} to {first + batch - 1}: lower --lr, or look at those samples.")
+                               f"samples {first} to {first + batch - 1}: look at those samples, or lower --lr and --restart.")
         optimizer.zero_grad()
         state.positions[stream] = first + batch
         line = {"step": state.step, "stream": stream, "loss": loss, "lr": learning_rate(state.step, options),
@@ -266,19 +289,19 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
             save_checkpoint(folder, tensors, {**asdict(state), "settings": settings}, ranks, options.keep)
             saved = state.step
         if options.validate_count and (state.step % options.validate_every == 0 or state.step == options.steps):
-            model.eval()
-            validate(state.step)
+            look()
         if stopping:
             break
     bar.close()
+    stopped = ranks.any(stop.asked)  # be it after the last step: there may be another stage
     stop.restore()
-    if ranks.first and state.step < options.steps:
+    if ranks.first and stopped:
         print(f"stopped by a signal after step {saved}; the same command goes on from there", file=sys.stderr)
     if average:  # the averaged weights are what a finished run hands on
         with torch.no_grad():
             for key, mean in average.items():
                 trained[key].copy_(mean)
-    return state
+    return not stopped
 
 
 def state_tensors(trained: dict[str, Tensor], held: dict[str, Tensor], optimizer: torch.optim.AdamW,
@@ -311,11 +334,14 @@ def check_settings(old: dict, new: dict, out: Path) -> None:
                            f"--out, or --restart to begin anew.")
 
 
-def keep_metrics(file: Path, step: int) -> None:
-    """Drops the lines that a killed run wrote after its last checkpoint; they will be written again."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+def keep_lines(file: Path, step: int) -> None:
+    """Drops the lines of this step and later ones from a file of JSON lines: a killed run wrote them after its last checkpoint, the
+    last one perhaps by half, and they will be written again."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    file.write_text("".join(lines[:step]), encoding="utf-8")
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < step]
+    if len(kept) < len(lines):
+        with checkpoint.replace_when_whole(file) as part:
+            part.write_text("".join(kept), encoding="utf-8")
 
 
 def peak_memory(ranks: Ranks) -> int:

@@ -19,6 +19,7 @@ from distributed import Ranks
 from media import Clip
 from pipeline import Conditions, Request, Settings, noise_source, read_scales, sample_latents
 from sample import read_listing
+from training import keep_lines
 
 
 class Subjects:
@@ -93,10 +94,9 @@ class Validation:
         media.save_sheet(rows, folder / f"step-{step:06d}")
         if scores:
             mean = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-            file = self.out / "validation.jsonl"  # a killed run may have come further than this one: its lines go
-            lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-            before = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-            file.write_text("\n".join([*before, json.dumps({"step": step, **mean})]) + "\n", encoding="utf-8")
+            keep_lines(self.out / "validation.jsonl", step)
+            with (self.out / "validation.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **mean}) + "\n")
 
     def sample(self, example, seed: int) -> np.ndarray:
         """uint8 frames [F, H, W, 3] of the example's subject doing what its text says."""

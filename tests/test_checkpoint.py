@@ -1,11 +1,13 @@
 """Checkpoints on disk: sharded and whole, checked before anything is read, written whole or not at all."""
 
+import errno
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,6 +33,20 @@ def shards(folder):
 def meta():
     with torch.device("meta"):
         return network()
+
+
+def test_a_disk_that_takes_nothing_is_a_sentence_and_a_bug_is_none(tmp_path, capsys):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    def full_in_rust():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for run in (full, full_in_rust):
+        assert checkpoint.exit_status(run) == 2
+        assert "No space left on device" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError):
+        checkpoint.exit_status(lambda: (tmp_path / "nowhere").read_text())
 
 
 def test_what_is_saved_comes_back(tmp_path):

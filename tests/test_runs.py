@@ -52,8 +52,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def metrics(out: Path) -> list[dict]:
-    [file] = list(out.glob("metrics.jsonl")) + list(out.glob("*/metrics.jsonl"))
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    files = [*out.glob("metrics.jsonl"), *sorted(out.glob("*/metrics.jsonl"), reverse=True)]  # real, then mixed
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def wait_for_steps(process: subprocess.Popen, out: Path, lines: int) -> None:
@@ -71,14 +71,16 @@ def children(pid: int) -> list[int]:
     return [child for child, parent in parents.items() if parent == pid]
 
 
-@pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH), ("train_sugar.py", SUGAR)])
-def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(script, arguments, base, tmp_path, seed):
-    arguments += f" --steps 7 --seed {seed % 1000}"
+@pytest.mark.parametrize("script,arguments,steps", [("train_switch.py", SWITCH, 12), ("train_sugar.py", SUGAR.replace("mix", "tsf"), 5)])
+def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(script, arguments, steps, base, tmp_path, seed):
+    """Of SUGAR in either stage, of which the second has frozen blocks."""
+    arguments += f" --steps {steps} --seed {seed % 1000}"
     whole = start(script, base, tmp_path / "whole", arguments)
     killed = start(script, base, tmp_path / "killed", arguments)
-    wait_for_steps(killed, tmp_path / "killed", 1 + seed % 5)
+    wait_for_steps(killed, tmp_path / "killed", 2 + seed % 6)
     killed.kill()
     killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     finish(start(script, base, tmp_path / "killed", arguments))
     finish(whole)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -172,7 +174,7 @@ def test_a_run_begun_anew_is_resumed_from_its_own_checkpoints(base, tmp_path):
 
 def test_the_second_of_two_stages_has_a_schedule_of_its_own_and_goes_on_from_the_first(base, tmp_path):
     """Else its learning rate would be what a cosine leaves at its end. Stopped in the second, resumed: the same bit for bit."""
-    arguments = SWITCH + " --strategy two-stage --steps 10 --warmup 1"
+    arguments = SWITCH + " --strategy two-stage --steps 10 --warmup 1 --validate-count 1"
     finish(start("train_switch.py", base, tmp_path / "whole", arguments))
     rates, seen = {}, {}
     for name, steps in (("image", 6), ("video", 4)):
@@ -224,7 +226,8 @@ def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, 
     for stage in ("real", "mixed"):
         sheet = Image.open(tmp_path / f"run/{stage}/validation/step-000002.png")
         assert sheet.height == 2 * 64 + 4 and Image.open(tmp_path / f"run/{stage}/validation/step-000002.gif").n_frames > 1
-        [line] = (tmp_path / f"run/{stage}/validation.jsonl").read_text().splitlines()
+        before, line = (tmp_path / f"run/{stage}/validation.jsonl").read_text().splitlines()
+        assert json.loads(before)["step"] == 0
         assert json.loads(line).keys() == {"step", "identity", "motion", "background", "look", "movement"}
     real, mixed = (load_file(tmp_path / f"run/{name}/transformer/diffusion_pytorch_model.safetensors") for name in ("real", "mixed"))
     first = {key for key in real if re.match(r"transformer_blocks\.[01]\.", key)}  # of four
@@ -232,6 +235,17 @@ def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, 
     changed = {key for key in real if not torch.equal(real[key], mixed[key])}
     assert {"patch_embed.proj.weight", "dino_proj.weight", "null_dino", "transformer_blocks.2.attn1.to_q.weight"} <= changed
     assert not changed & first
+
+
+@pytest.mark.parametrize("damage", ["cut short", "zeros"])
+def test_a_damaged_checkpoint_is_passed_over(damage, tmp_path, capsys):
+    ranks, state = distributed.start("cpu"), {"positions": {}, "skipped": 0, "seconds": 0, "settings": {}}
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"model.x": torch.arange(6.0)}, {**state, "step": step}, ranks, keep=2)
+    file = tmp_path / "step-000002" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] if damage == "cut short" else bytes(file.stat().st_size))
+    assert last_checkpoint(tmp_path)[0].name == "step-000001"
+    assert "step-000002 is not whole" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Both trainers: the branches and rates are those asked for, who learns, what is drawn; whole runs are in test_runs.py."""
 
+import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +20,12 @@ import train_sugar
 import train_switch
 from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
+from diffusion import alpha_bar_schedule
+from distributed import local
 from lora import Adapter
 from model import Config, Transformer
 from resume import bounds
-from training import Options, generator, learning_rate
+from training import Options, generator, learning_rate, train
 from vae import VAEConfig
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -211,6 +216,133 @@ def test_the_plan_is_for_the_clips_that_are_asked_for(base, tmp_path, capsys):
         assert train_switch.main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu {size}".split()) == 0
         tokens.append(int(re.search(r"tokens in a sample +([\d,]+)", capsys.readouterr().out)[1].replace(",", "")))
     assert tokens == [toy_networks.TOKENS + (3 + 1) * 4 * 4, toy_networks.TOKENS + (5 + 1) * 6 * 4]
+
+
+@pytest.mark.parametrize("flags", ["--seed -1", "--beta2 1", "--ema 1.5", "--lr 0", "--lr nan", "--clip 0", "--alpha 0", "--plan --rate 0",
+                                   "--warmup -1", "--max-skipped -1", "--frames 17"])
+def test_numbers_that_cannot_be_are_named(flags, base, tmp_path, capsys):
+    assert train_switch.main(f"--model {base} --out {tmp_path / 'run'} --device cpu {flags}".split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {flags.split()[-2]} ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_from_caches_counts_no_encoders(base, tmp_path, capsys):
+    (tmp_path / "index.json").write_text("{}")
+    sizes = []
+    for more in ("", " --validate-count 0"):
+        command = f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --image-data {tmp_path} --video-data {tmp_path}{more}"
+        assert train_switch.main(command.split()) == 0
+        sizes.append(float(re.search(r"frozen encoders, on every rank +([\d.]+)", capsys.readouterr().out)[1]))
+    assert sizes[0] >= sizes[1] == 0
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Small(torch.nn.Module):
+    """loss(step) of it has the gradient that `losses` names for the step."""
+
+    def __init__(self, losses=None):
+        super().__init__()
+        self.weight, self.losses, self.seen = torch.nn.Parameter(torch.ones(3)), losses or {}, []
+
+    def loss(self, stream: str, positions: list[int]) -> torch.Tensor:
+        self.seen.append(self.weight.detach().clone())
+        action = self.losses.get(positions[0])
+        if callable(action):
+            action()
+        return (self.weight * torch.tensor([1.0, -2.0, positions[0]])).sum() * (action if isinstance(action, float) else 1.0)
+
+
+def loop(model: Small, out: Path, **options) -> bool:
+    options = Options(out=out, **{"steps": 6, "lr": 0.1, "validate_count": 0, "save_every": 2, **options})
+    return train(model, options, distributed.start("cpu"), lambda step: ("stream", 1), model.loss, lambda step: None, {})
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
+    model = Small({3: math.nan})
+    assert loop(model, tmp_path)
+    moved = [not torch.equal(a, b) for a, b in zip(model.seen, [*model.seen[1:], model.weight.detach()])]
+    assert moved == [True, True, True, False, True, True] and model.weight.isfinite().all()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1] and math.isnan(lines[3]["loss"])
+    with pytest.raises(BadInput, match="not finite for 1 steps, the last one step 1 on stream samples 1 to 1"):
+        loop(Small({1: math.inf}), tmp_path / "strict", max_skipped=0)
+
+
+def test_the_average_of_the_weights_is_handed_on_and_resumed(tmp_path):
+    whole = Small()
+    assert loop(whole, tmp_path / "whole", ema=0.9)
+    free = Small()
+    loop(free, tmp_path / "free")
+    mean = free.seen[0]
+    for weight in [*free.seen[1:], free.weight.detach()]:
+        mean = 0.9 * mean + 0.1 * weight
+    assert torch.allclose(whole.weight, mean, rtol=1e-6) and not torch.allclose(whole.weight, free.weight)
+
+    def die():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(Small({5: die}), tmp_path / "killed", ema=0.9)
+    resumed = Small()
+    assert loop(resumed, tmp_path / "killed", ema=0.9)
+    assert len(resumed.seen) == 2 and torch.equal(resumed.weight, whole.weight)  # from step 4
+    assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path):
+    """There may be another stage."""
+    assert not loop(Small({5: lambda: os.kill(os.getpid(), signal.SIGTERM)}), tmp_path)
+    again = Small()
+    assert loop(again, tmp_path) and not again.seen
+
+
+@torch.no_grad()
+def test_the_loss_of_each_phase_is_the_formula(base, tmp_path, monkeypatch, seed):
+    """Switch eq. 4 and SUGAR's, sample by sample: |sqrt(a) eps - sqrt(1 - a) x_0 - v|^2, v without what was dropped."""
+    caught = {}
+
+    def catch(model, options, ranks, plan, loss_of, *rest):
+        torch.manual_seed(seed)
+        for p in model.parameters():  # else a LoRA does nothing yet
+            local(p).add_(0.05 * torch.randn(local(p).shape))
+        caught.update(model=model, loss_of=loss_of)
+        return False
+
+    positions, alpha_bar = [0, 1, 2, 3, 4, 5], alpha_bar_schedule(toy_networks.SCHEDULE)
+
+    def expected(x_0, eps, t, **given):
+        a = alpha_bar[t].float()
+        v = caught["model"]((a.sqrt() * x_0 + (1 - a).sqrt() * eps)[None], t[None], **{name: y[None] for name, y in given.items()})[0]
+        return (a.sqrt() * eps - (1 - a).sqrt() * x_0 - v).square().mean()
+
+    common = f"--model {base} --out {tmp_path} --device cpu --dtype fp32 --seed {seed} --validate-count 0"
+    monkeypatch.setattr(train_switch, "train", catch)
+    args = train_switch.parse(f"{common} --images 6 --videos 6 --rank 4 --reference-drop 0.5".split())
+    train_switch.run(args)
+    encoder = Encoder(base, "token", toy_networks.TOKENS, "cpu")
+    for phase, kind in (("image", "pairs"), ("video", "videos")):
+        stream, losses, drops = Stream(Toy(kind, seed), 6, encoder, seed), [], 0
+        for i in positions:
+            x_0, eps, t, text, reference, keep = train_switch.draw(stream[i], generator(seed, phase, i), encoder.vae_config, args)
+            dropped = phase == "video" and not keep.any()
+            drops += dropped
+            losses.append(expected(x_0, eps, t, text=text.float(), **({} if dropped else {"reference": reference})))
+        assert caught["loss_of"](phase, positions).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4), (phase, drops)
+
+    monkeypatch.setattr(train_sugar, "train", catch)
+    args = train_sugar.parse(f"{common} --strategy mix --real 6 --triplets 6 --drop-clip 0.5 --drop-text 0.5".split())
+    train_sugar.run(args)
+    encoder = Encoder(base, "none", toy_networks.TOKENS, "cpu", sugar=True)
+    for name, kind in (("real", "subjects"), ("synthetic", "triplets")):
+        stream, losses = Stream(Toy(kind, seed), 6, encoder, seed), []
+        for i in positions:
+            x_0, eps, t, text, dino, clip, keep_dino, keep_clip = train_sugar.draw(
+                stream[i], generator(seed, "mix", name, i), encoder.vae_config, encoder.null, args)
+            kept = {key: y.float() for key, y, keep in (("dino", dino, keep_dino), ("clip", clip, keep_clip)) if keep}
+            losses.append(expected(x_0, eps, t, text=text.float(), **kept))
+        assert caught["loss_of"](name, positions).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4), name
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
