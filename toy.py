@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,95 +27,10 @@ from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
 from lora import read_adapter, save_adapter
 from model import load_transformer, save_tensors
-from toy_networks import (IMAGE_DIM, SCHEDULE, SIDE, TEXT_DIM, TOKENS, clip_tokenizer, init, new_image_encoder, new_text_encoder,
-                          new_transformer, new_vae, save_half, start_from_base, write_frame, write_tokenizer, write_variant)
+from toy_networks import (IDENTITY, SCHEDULE, SIDE, TOKENS, VAE_STAGES, CLIPTask, DINOTask, TextTask, VAETask, clip_tokenizer, init,
+                          new_transformer, save_half, start_from_base, write_frame, write_tokenizer, write_variant)
 from training import Options, generator, train
 from vae import load_vae, save_vae
-
-
-class TextTask(nn.Module):
-    """T5 learns what its captions say: motion, background and look, each read off its mean feature."""
-
-    def __init__(self, tokens: int):
-        super().__init__()
-        self.t5 = new_text_encoder(tokens)
-        self.heads = nn.ModuleList(nn.Linear(TEXT_DIM, n) for n in (1 + len(world.MOTIONS), len(world.BACKGROUNDS),
-                                                                    len(world.LOOKS)))
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """ids [B, M], labels [B, 3] -> loss."""
-        feature = self.t5(ids)[0].float().mean(dim=1)
-        return sum(F.cross_entropy(head(feature), label) for head, label in zip(self.heads, labels.T))
-
-
-class DINOTask(nn.Module):
-    """DINOv2 learns identity: two views of one subject must be closer than views of two (InfoNCE), and from each view its
-    shape, pattern and detail can be told."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = new_image_encoder("dino")
-        self.project = nn.Linear(2 * IMAGE_DIM, 64)
-        self.scale = nn.Parameter(torch.tensor([2.0]))
-        self.heads = nn.ModuleList(nn.Linear(2 * IMAGE_DIM, len(names)) for names in IDENTITY)
-
-    def forward(self, one: Tensor, two: Tensor, labels: Tensor) -> Tensor:
-        """one, two: [B, 3, SIDE, SIDE]; labels [B, 3] -> loss."""
-        tokens = self.network(pixel_values=torch.cat([one, two])).last_hidden_state
-        features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=-1)
-        a, b = F.normalize(self.project(features), dim=-1).chunk(2)
-        logits, same = self.scale.exp() * a @ b.T, torch.arange(len(a), device=a.device)
-        told = sum(F.cross_entropy(head(features), label.repeat(2)) for head, label in zip(self.heads, labels.T))
-        return told + (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
-
-
-IDENTITY = (world.SHAPES, world.PATTERNS, world.DETAILS)
-
-
-class CLIPTask(nn.Module):
-    """CLIP learns which caption belongs to which picture."""
-
-    def __init__(self):
-        super().__init__()
-        self.network = new_image_encoder("clip")
-        scale = self.network.logit_scale.data  # stays as it is: FSDP2 shards no scalars
-        del self.network.logit_scale
-        self.network.register_buffer("logit_scale", scale)
-
-    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """pixels [B, 3, SIDE, SIDE], ids and mask [B, M] -> loss."""
-        return self.network(input_ids=ids, attention_mask=mask, pixel_values=pixels, return_loss=True).loss
-
-
-class VAETask(nn.Module):
-    """Reconstruction, of edges too, beside the KL divergence of the latents. First by absolute error; then by Huber's, which lets
-    go of what is nearly right, the backgrounds, and heeds what is not, the subjects that move."""
-
-    def __init__(self, stage: str):
-        super().__init__()
-        self.vae, self.stage = new_vae(), stage
-        _, _, _, self.far, self.weight, self.kl = VAE_STAGES[stage]
-
-    def forward(self, video: Tensor, masks: Tensor, noise: Tensor) -> Tensor:
-        """video [B, 3, F, H, W], masks of the subject [B, 1, F, H, W], noise like its latents -> loss."""
-        mean, std = self.vae.encode(video.to(self.vae.encoder.conv_in.conv.weight.dtype))
-        out = self.vae.decode(mean + std * noise.to(mean)).float()
-        weight = 1 + self.weight * F.max_pool3d(masks, (1, 5, 5), stride=1, padding=(0, 2, 2))  # the rim of 2 pixels as well
-        kl = 0.5 * (mean.float().square() + std.float().square() - 2 * std.float().log() - 1).mean()
-        far = (weight * self.far(out, video, reduction="none")).mean()
-        for d in (-1, -2):
-            edges = self.far(out.diff(dim=d), video.diff(dim=d), reduction="none")
-            far = far + (weight.narrow(d, 1, edges.shape[d]) * edges).mean()
-        return far + self.kl * kl
-
-
-HUBER = partial(F.smooth_l1_loss, beta=0.2)
-# The stages of the VAE, each from where the one before ended: steps; learning rate; streams in turn, of which clips teach time and
-# single frames cost a third; distance; how much more a pixel of the subject counts; weight of the KL divergence. In the last stage the
-# latents pay for their information: what they drop nobody sees, but a small transformer would have to learn it.
-VAE_STAGES = {"vae": (10000, 2e-3, ("frames", "clips"), F.l1_loss, 0.0, 1e-3),
-              "vae_moving": (8000, 1e-3, ("clips",), HUBER, 0.0, 1e-4),
-              "vae_sharp": (9000, 2.5e-3, ("frames", "clips"), HUBER, 4.0, 5e-2)}
 
 
 # Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.

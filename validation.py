@@ -21,6 +21,8 @@ from pipeline import Conditions, Request, Settings, noise_source, read_scales, s
 from sample import read_listing
 from training import keep_lines
 
+STEPS = 20  # of the sampler: enough to look at
+
 
 class Subjects:
     """Held-out subjects that a user gives: a file of JSON lines as for `sample.py --prompts`, with "prompt", "image", and if need be
@@ -74,7 +76,7 @@ class Validation:
         self.model, self.encoder, self.alpha_bar, self.examples = model, encoder, alpha_bar_schedule(schedule), examples
         self.out, self.ranks, self.dtype, self.with_reference = out, ranks, dtype, with_reference
         self.count = 0 if examples is None else min(count, len(examples))
-        self.settings = Settings(0, 0, 0, 8, "ddim", steps=20, **read_scales(schedule))
+        self.settings = Settings(0, 0, 0, 8, "ddim", steps=STEPS, **read_scales(schedule))
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:

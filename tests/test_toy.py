@@ -8,6 +8,7 @@ import torch
 import sample
 import toy
 import toy_networks
+import validation
 import world
 from encoders import Tokenizer
 from pipeline import Sampler
@@ -18,7 +19,9 @@ def built(tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("built"), torch.get_num_threads()
     torch.set_num_threads(1)
     command = ["build", "--scale", "0.0002", "--out", str(folder / "toy"), "--work", str(folder / "work"), "--device", "cpu"]
-    assert toy.main(command) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "STEPS", 2)
+        assert toy.main(command) == 0
     yield folder, command
     torch.set_num_threads(threads)
 
