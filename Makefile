@@ -8,9 +8,9 @@ PY := .venv/bin/python
 export OMP_WAIT_POLICY ?= passive
 
 sample: .venv/.ready checkpoints/toy/model_index.json
-	$(PY) sample.py --image examples/fox.png --prompt "a fox is jumping in the snow" --adapter checkpoints/toy/switch \
+	$(PY) sample.py --image examples/creature.png --prompt "a creature is jumping in the snow" --adapter checkpoints/toy/switch \
 	    --out samples/switch.gif
-	$(PY) sample.py --image examples/fox.png --prompt "a fox made of gold" --model checkpoints/toy/sugar \
+	$(PY) sample.py --image examples/creature.png --prompt "a golden creature is moving right in the sea" --model checkpoints/toy/sugar \
 	    --out samples/sugar.gif
 
 test: .venv/.ready-test

@@ -28,6 +28,7 @@ import train_switch
 from checkpoint import BadInput
 from figures import Interval
 from media import save_image
+from pipeline import read_scales, read_schedule
 from resume import last_checkpoint
 from scorers import TITLES
 from training import settings_of
@@ -243,9 +244,17 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
     return out
 
 
+def with_scales(method: str, flags: str, model: Path) -> list[str]:
+    """Flags of sample.py, with the checkpoint's scales of guidance where they name none, in one order: what is sampled alike is shared."""
+    names, scales = {"switch": ("guidance",), "sugar": ("omega_image", "omega_text")}[method], read_scales(read_schedule(model))
+    words = flags.split()
+    given = {f"--{name.replace('_', '-')}": f"{scales[name]:g}" for name in names if name in scales} | dict(zip(words[::2], words[1::2]))
+    return [word for pair in sorted(given.items()) for word in pair]
+
+
 def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) -> tuple[dict[str, float], Path, float]:
     """The mean of each score over the videos of one training, sampled one way; the training; and the seconds that a video took."""
-    run, way = trained(ablation.method, variant, seed, args), f"{variant.sample} {sweep}".split()
+    run, way = trained(ablation.method, variant, seed, args), with_scales(ablation.method, f"{variant.sample} {sweep}", args.model)
     folder = run / f"videos-{digest(way, ablation.looks, args.count, args.sampling_steps)}"
     # The base that was only shown videos has no reference to be given.
     blind = ["--no-image"] if "video-only" in variant.train else []

@@ -41,7 +41,7 @@ def exit_status(run: Callable[[], None], interrupted: str = "interrupted") -> in
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) not in CLOSED and not any(f"os error {number})" in str(error) for number in CLOSED):
             raise
-        print(f"error: A file could not be written ({error}); what was there before is whole.", file=sys.stderr)
+        print(f"error: A file could not be read or written: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

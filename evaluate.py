@@ -39,6 +39,7 @@ import sample
 import world
 from checkpoint import BadInput, exit_status
 from data import ToyTest
+from pipeline import read_scales, read_schedule
 from readers import DreamBench
 from scorers import PUBLISHED, TITLES, Scorers, bootstrap
 
@@ -132,8 +133,10 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     given = sample.parse([*flags, "--prompts", "list.jsonl"])
     parts = [Path(given.model), *([Path(given.adapter)] if given.adapter else [])]
     weights = checkpoint.fingerprint(*(part for part in parts if part.exists()))
+    scales = read_scales(read_schedule(parts[0])) if parts[0].exists() else {}  # what flags that are not given stand for
     free = {"device", "out", "prompts", "low_memory"}
-    settings = {**settings, **{name: value for name, value in vars(given).items() if name not in free}, "weights": weights}
+    settings = {**settings, **{name: value for name, value in vars(given).items() if name not in free}, "weights": weights,
+                "the checkpoint's guidance": scales}
     file = out / "settings.json"
     old = checkpoint.read_json(file) if file.exists() else settings
     for name in sorted(settings.keys() | old.keys()):

@@ -71,6 +71,12 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def stands_on_white(image: Image.Image) -> bool:
+    """Whether all of the image's border is white: then its subject is as good as cut out."""
+    pixels = np.asarray(image.convert("RGB"))
+    return bool(min(edge.min() for edge in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) >= 245)
+
+
 def cut_out(image: Image.Image, mask: Image.Image, name: str = "the image") -> Image.Image:
     """The subject on white, cropped to its bounding box: SUGAR's identity image z. mask: 8 bits, 255 is the subject."""
     box = mask.point(lambda value: 255 * (value > 127)).getbbox()

@@ -4,6 +4,7 @@ What is made of an image is the checkpoint's to say: a Switch adapter takes it a
 image-to-video model as first frame. sample.py is the command line of this file; validation and evaluation use it too.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -343,7 +344,7 @@ def read_scales(schedule: dict) -> dict[str, float]:
     """The scales of guidance that a scheduler_config.json asks for: those of the official checkpoints name none, the toy's does."""
     scales = {name: schedule[name] for name in ("guidance", "omega_image", "omega_text") if name in schedule}
     for name, scale in scales.items():
-        if not isinstance(scale, (int, float)):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
             raise BadInput(f"scheduler_config.json has {name} {scale!r}, which is no number.")
     return scales
 

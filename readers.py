@@ -90,7 +90,8 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     if source is None:
         for name in ("frames", "height", "width", "fps"):
             if getattr(args, name) is not None:
-                raise BadInput(f"--{name} {getattr(args, name)} is for data of your own: the toy's world has 9 frames of 64x64.")
+                raise BadInput(f"--{name} {getattr(args, name)} is for data of your own, and no {stream} are given: the toy's have 9 "
+                               f"frames of 64x64.")
         return Toy(stream, args.seed), count or toy_count
     path = Path(source)
     if not path.exists():

@@ -196,7 +196,7 @@ def prepare_images(requests: list[Request], sampler: Sampler, settings: Settings
                 raise BadInput(f"There is no {request.subject} to be found in {request.image}: try another noun, or --mask.")
         if mask is not None and sampler.kind != "i2v":
             request.cutout = media.cut_out(request.source, mask, request.image)
-        elif sampler.kind == "sugar":
+        elif sampler.kind == "sugar" and not media.stands_on_white(request.source):
             warnings.append(f"warning: {request.image} has no transparency and neither --mask nor --subject is given: its "
                             f"background counts as part of the subject")
         request.reference, request.fit = media.fit_subject(request.cutout or request.source, request.cutout is not None,

@@ -235,8 +235,8 @@ def customize(run: Run, args: argparse.Namespace) -> None:
                 picture = Image.fromarray(media.video_to_frames(video)[0])
                 yield {**sample, "customized": save_picture(run, "customize", sample["id"], picture)}
 
-    made_by = {"model": args.model, "adapter": args.adapter, "steps": args.steps, "side": side, "seed": args.seed,
-               "weights": weights_of(args.model, *SAMPLED_BY), "adapter's weights": checkpoint.fingerprint(sampler.adapter_file)}
+    made_by = {"model": args.model, "adapter": args.adapter, "steps": args.steps, "guidance": settings.guidance, "side": side,
+               "seed": args.seed, "weights": weights_of(args.model, *SAMPLED_BY), "adapter's weights": checkpoint.fingerprint(sampler.adapter_file)}
     run.stage("customize", run.samples("prompt"), made_by, work, lambda sample: [Path(sample["image"]), Path(sample["customized"])], {})
 
 

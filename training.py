@@ -107,7 +107,7 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
     for name in ("validate_count", "max_skipped", "warmup", "seed", "weight_decay"):
-        if getattr(args, name) < 0:
+        if not 0 <= getattr(args, name) < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 0 or more.")
     for name in ("ema", "beta2"):
         if not 0 <= getattr(args, name) < 1:
@@ -176,7 +176,8 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     disk, there = 4 * trained * (copies + 2), next(path for path in (args.out, *args.out.resolve().parents) if path.exists())
     print(f"disk per checkpoint    {disk / 1e9:.2f} GB, and {args.keep} are kept")
     if disk * (args.keep + 1) > (free := shutil.disk_usage(there).free):  # the new one is written before the oldest goes
-        print(f"warning: {args.keep + 1} checkpoints will not fit on the disk of {args.out}, where {free / 1e9:.1f} GB are free: a smaller --keep")
+        print(f"warning: {args.keep + 1} checkpoints will not fit on the disk of {args.out}, where {free / 1e9:.1f} GB are free: a smaller "
+              f"--keep")
     if total > args.gpu_memory:
         print(f"warning: {total:.0f} GB will not fit into {args.gpu_memory:g} GB: more ranks, a smaller --micro-batch"
               + ("" if args.recompute else ", --recompute"))
@@ -231,70 +232,72 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
     if ranks.first:
         options.out.mkdir(parents=True, exist_ok=True)
         keep_lines(metrics, state.step)
-    stop = stop_on_signal()
 
     def look() -> None:
         model.eval()
         validate(state.step)
         reshard(model)
 
-    if options.validate_count and state.step == 0:
-        look()
-    bar = tqdm(total=options.steps, initial=state.step, unit="step", disable=not ranks.first, dynamic_ncols=True)
-    saved, clock, done, before = state.step, time.perf_counter(), 0, state.seconds
-    while state.step < options.steps:
-        stream, batch = plan(state.step)
-        first = state.positions.get(stream, 0)
-        mine = [first + i for i in ranks.share(batch)]
-        torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank // ranks.sequence).initial_seed())
-        model.train()
-        total = torch.zeros((), dtype=torch.float64)
-        for low in range(0, len(mine), options.micro_batch):
-            part = mine[low : low + options.micro_batch]
-            if hasattr(model, "set_requires_gradient_sync"):  # gradients meet once a step, after the last part
-                model.set_requires_gradient_sync(low + options.micro_batch >= len(mine))
-            loss = loss_of(stream, part) * (len(part) / len(mine))
-            loss.backward()
-            total += loss.detach().double().cpu()
-        loss = ranks.mean(total)
-        for key, p in trained.items():
-            held[key].grad, p.grad = None if p.grad is None else local(p.grad), None
-        norm = get_total_norm(p.grad for p in held.values() if p.grad is not None)
-        norm = (ranks.mean(norm.square()) * ranks.world) ** 0.5  # of the whole gradient, of which each rank holds a part
-        clip_grads_with_norm_(held.values(), options.clip, torch.tensor(norm))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state.step, options)
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            for key, mean in average.items():
-                local(mean).lerp_(held[key].detach(), 1 - options.ema)
-        else:
-            state.skipped += 1
-            if state.skipped > options.max_skipped:
-                raise BadInput(f"The loss was not finite for {state.skipped} steps, the last one step {state.step} on {stream} "
-                               f"samples {first} to {first + batch - 1}: look at those samples, or lower --lr and --restart.")
-        optimizer.zero_grad()
-        state.positions[stream] = first + batch
-        line = {"step": state.step, "stream": stream, "loss": loss, "lr": learning_rate(state.step, options),
-                "grad_norm": norm, "samples": sum(state.positions.values()), "skipped": state.skipped}
-        state.step, state.seconds, done = state.step + 1, before + time.perf_counter() - clock, done + batch
-        if ranks.first:
-            with metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        bar.update()
-        bar.set_postfix_str(f"{stream} loss {loss:.4f}, {done / (time.perf_counter() - clock):.1f} samples/s, "
-                            f"{peak_memory(ranks) / 2**30:.1f} GiB")
-        stopping = ranks.any(stop.asked)  # asked once a step: all ranks must come to one decision
-        if state.step % options.save_every == 0 or state.step == options.steps or stopping:
-            save_checkpoint(folder, tensors, {**asdict(state), "settings": settings}, ranks, options.keep)
-            saved = state.step
-        if options.validate_count and (state.step % options.validate_every == 0 or state.step == options.steps):
+    def due() -> bool:
+        return options.validate_count > 0 and (state.step % options.validate_every == 0 or state.step == options.steps)
+
+    with stop_on_signal() as stop:
+        if due():  # before the first step; or the run may have died while it was at this sheet
             look()
-        if stopping:
-            break
-    bar.close()
-    stopped = ranks.any(stop.asked)  # be it after the last step: there may be another stage
-    stop.restore()
+        bar = tqdm(total=options.steps, initial=state.step, unit="step", disable=not ranks.first, dynamic_ncols=True)
+        saved, clock, done, before = state.step, time.perf_counter(), 0, state.seconds
+        while state.step < options.steps:
+            stream, batch = plan(state.step)
+            first = state.positions.get(stream, 0)
+            mine = [first + i for i in ranks.share(batch)]
+            torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank // ranks.sequence).initial_seed())
+            model.train()
+            total = torch.zeros((), dtype=torch.float64)
+            for low in range(0, len(mine), options.micro_batch):
+                part = mine[low : low + options.micro_batch]
+                if hasattr(model, "set_requires_gradient_sync"):  # gradients meet once a step, after the last part
+                    model.set_requires_gradient_sync(low + options.micro_batch >= len(mine))
+                loss = loss_of(stream, part) * (len(part) / len(mine))
+                loss.backward()
+                total += loss.detach().double().cpu()
+            loss = ranks.mean(total)
+            for key, p in trained.items():
+                held[key].grad, p.grad = None if p.grad is None else local(p.grad), None
+            norm = get_total_norm(p.grad for p in held.values() if p.grad is not None)
+            norm = (ranks.mean(norm.square()) * ranks.world) ** 0.5  # of the whole gradient, of which each rank holds a part
+            clip_grads_with_norm_(held.values(), options.clip, torch.tensor(norm))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, options)
+            if math.isfinite(loss) and math.isfinite(norm):
+                optimizer.step()
+                for key, mean in average.items():
+                    local(mean).lerp_(held[key].detach(), 1 - options.ema)
+            else:
+                state.skipped += 1
+                if state.skipped > options.max_skipped:
+                    raise BadInput(f"The loss was not finite for {state.skipped} steps, the last one step {state.step} on {stream} "
+                                   f"samples {first} to {first + batch - 1}: look at those samples, or lower --lr and --restart.")
+            optimizer.zero_grad()
+            state.positions[stream] = first + batch
+            line = {"step": state.step, "stream": stream, "loss": loss, "lr": learning_rate(state.step, options),
+                    "grad_norm": norm, "samples": sum(state.positions.values()), "skipped": state.skipped}
+            state.step, state.seconds, done = state.step + 1, before + time.perf_counter() - clock, done + batch
+            if ranks.first:
+                with metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            bar.update()
+            bar.set_postfix_str(f"{stream} loss {loss:.4f}, {done / (time.perf_counter() - clock):.1f} samples/s, "
+                                f"{peak_memory(ranks) / 2**30:.1f} GiB")
+            stopping = ranks.any(stop.asked)  # asked once a step: all ranks must come to one decision
+            if state.step % options.save_every == 0 or state.step == options.steps or stopping:
+                save_checkpoint(folder, tensors, {**asdict(state), "settings": settings}, ranks, options.keep)
+                saved = state.step
+            if stopping:
+                break
+            if due():
+                look()
+        bar.close()
+        stopped = ranks.any(stop.asked)  # be it after the last step: there may be another stage
     if ranks.first and stopped:
         print(f"stopped by a signal after step {saved}; the same command goes on from there", file=sys.stderr)
     if average:  # the averaged weights are what a finished run hands on
@@ -329,6 +332,9 @@ def drop_earlier(ranks: Ranks, *parts: Path) -> None:
 def check_settings(old: dict, new: dict, out: Path) -> None:
     """Raises where a run would be resumed with other settings than it was begun with."""
     for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name) and name == "weights":
+            raise BadInput(f"{out} holds a run that began with other weights than those that --model, or the stage before, has now: choose "
+                           f"another --out, or --restart to begin anew.")
         if old.get(name) != new.get(name):
             raise BadInput(f"{out} holds a run with {name} = {old.get(name)}, and now it is {new.get(name)}: choose another "
                            f"--out, or --restart to begin anew.")
@@ -354,11 +360,11 @@ def peak_memory(ranks: Ranks) -> int:
 class stop_on_signal:
     """Notes SIGTERM, so that the step is finished and saved before the process ends."""
 
-    def __init__(self):
-        self.asked = False
-        self.before = signal.signal(signal.SIGTERM, self.note)
+    def __enter__(self) -> "stop_on_signal":
+        self.asked, self.before = False, signal.signal(signal.SIGTERM, self.note)
+        return self
 
-    def restore(self) -> None:
+    def __exit__(self, *_) -> None:
         signal.signal(signal.SIGTERM, self.before)
 
     def note(self, *_) -> None:

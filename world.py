@@ -352,7 +352,7 @@ def sample_scene(rng: Rng, split: str = "train", **fixed) -> Scene:
 
 
 def sample_pair(rng: Rng, split: str = "train") -> dict:
-    """Two pictures of one subject, posed differently (Switch 3.2): "reference" and "target", uint8 [SIZE, SIZE, 3]; the
+    """Two pictures of one subject, posed a little differently (Switch 3.2): "reference" and "target", uint8 [SIZE, SIZE, 3]; the
     target's caption "text", "noun" in it, and "scene". The target is a photograph; so is the reference, before another
     background, or it is a portrait on white."""
     rng = np.random.default_rng(rng)

@@ -210,6 +210,16 @@ def test_a_cut_out_is_the_bounding_box_of_its_mask(left, top, width, height):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_what_stands_on_white():
+    image = Image.new("RGB", (8, 6), "white")
+    image.putpixel((3, 3), (0, 0, 0))
+    assert media.stands_on_white(image)
+    for at in ((0, 3), (7, 3), (3, 0), (3, 5)):
+        other = image.copy()
+        other.putpixel(at, (255, 255, 200))
+        assert not media.stands_on_white(other)
+
+
 def test_a_cut_out_is_white_around_the_subject_and_blends_at_soft_edges(seed):
     pixels, weights = noise(seed, 10, 12, 3), noise(seed + 1, 10, 12)
     weights[[0, -1]] = weights[:, [0, -1]] = 255  # so that the box is the whole image

@@ -48,7 +48,7 @@ def test_ranks_share_each_training_sample(ranks, sequence, recompute, tmp_path, 
 
 def test_sample_splits_one_video(tmp_path):
     toy_networks.init(tmp_path / "toy")
-    common = ["--model", tmp_path / "toy", "--adapter", tmp_path / "toy" / "switch", "--image", ROOT / "examples" / "fox.png", "--prompt",
+    common = ["--model", tmp_path / "toy", "--adapter", tmp_path / "toy" / "switch", "--image", ROOT / "examples" / "creature.png", "--prompt",
               "a creature jumps", "--steps", "3", "--device", "cpu"]
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, common), "--out", str(tmp_path / "one.mp4")],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

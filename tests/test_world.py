@@ -67,7 +67,7 @@ def test_subjects_look_different(look, seed):
     to tell them apart is shape, pattern and detail."""
     rng = np.random.default_rng(seed)
     candidates = world.candidates(world.sample_subject(rng), rng)
-    subject, *others = [world.portrait(candidate, look)[..., :3].astype(int) for candidate in candidates]
+    subject, *others = [world.portrait(candidate, look, 1.3)[..., :3].astype(int) for candidate in candidates]
     assert len(others) == 15
     assert min((np.abs(subject - other).max(-1) > 40).mean() for other in others) > 0.02
 
@@ -81,7 +81,7 @@ def test_every_part_of_an_identity_changes_the_picture(seed):
             value = world.pick(rng, (value for value in values if value != getattr(subject, part)))
             other = replace(subject, **{part: value})
             if other.primary != other.secondary:
-                difference = world.portrait(subject).astype(int) - world.portrait(other)
+                difference = world.portrait(subject, scale=1.3).astype(int) - world.portrait(other, scale=1.3)
                 assert (np.abs(difference).max(-1) > 20).sum() > 25, (subject, other)  # of 4096 pixels
 
 
@@ -295,13 +295,13 @@ def test_movement_is_a_share_of_the_usual_amount(seed):
 
 
 def test_what_tears_from_place_to_place_does_not_move(seed):
-    """Each frame is the beginning or the end of another motion: 9 pixels to one of four sides."""
+    """Each frame is the beginning or the end of another motion: the middle, or 16 pixels to one of four sides."""
     rng, seen = np.random.default_rng(seed), []
     for i in range(4):
         scene = world.sample_scene(rng, motion="still")
         ends = [world.render(replace(scene, motion=world.pick(rng, ("left", "right", "up", "down"))))[rng.choice([0, 8])] for _ in range(9)]
         seen.append(measure.measure(np.stack(ends), [scene.subject], "plain")["movement"])
-    assert np.mean(seen) < 0.4
+    assert np.mean(seen) < 0.5
 
 
 def test_the_sheet_is_drawn(tmp_path):
