@@ -271,7 +271,7 @@ def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
     assert json.loads((out / "prompts.json").read_text()).keys() == {f"{name}.mp4" for name in names}
     assert (out / "table.md").read_text().count("\n") == 4
     for i, name in enumerate(names):  # the model has seen what it is trained on and validated by, not a part of it, nor larger
-        assert np.array_equal(Image.open(out / "seen" / f"{name}-reference.png"), ToyTest(0)[i].image)
+        assert np.array_equal(Image.open(out / "seen" / f"{name}-reference.png"), ToyTest(1)[i].image)
     said = json.loads((out / "list.jsonl").read_text().splitlines()[0])
     assert said["noun"] == world.NOUN  # so that <cls> stands where training put it
     # Another model must not go on with these videos.
