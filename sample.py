@@ -91,6 +91,8 @@ def read_settings(args: argparse.Namespace, sampler: Sampler) -> Settings:
     for name in ("guidance", "omega_image", "omega_text"):
         if not math.isfinite(getattr(settings, name)):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose a number.")
+    if args.negative_prompt and not sugar and settings.guidance == 1:
+        raise BadInput("--negative-prompt has no effect at a guidance of 1: give a --guidance above 1.")
     if not 1 <= settings.steps <= 1000:
         raise BadInput(f"--steps {settings.steps}: choose 1 to 1000.")
     if not 0 <= settings.t_bar <= 1000:

@@ -180,6 +180,7 @@ BAD = {
     "fps zero": (None, f"{T2V} --fps 0", ["--fps 0"]),
     "fps not a number": (None, f"{T2V} --fps nan", ["--fps nan"]),
     "seed beyond 64 bits": (None, f"{T2V} --seed {2**70}", ["--seed", str(2**70)]),
+    "negative prompt without guidance": (None, f"{T2V} --negative-prompt blurry", ["--negative-prompt", "--guidance"]),
     "guidance for SUGAR": (None, f"{SUGAR} --guidance 3", ["--guidance", "--omega-text"]),
     "omega for a plain model": (None, f"{T2V} --omega-image 3", ["--omega-image", "SUGAR"]),
     "t-bar beyond T": (None, f"{SUGAR} --t-bar 1001", ["--t-bar 1001"]),

@@ -112,15 +112,15 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(here, argume
 
 
 CHANGES = {
-    "--prompt 'a fox'": ["--prompt 'a cat'", "--negative-prompt blurry", "--guidance 1", "--steps 3", "--scheduler dpm",
-                         "--seed 1", "--dtype bf16"],
+    "--prompt 'a fox' --guidance 3": ["--prompt 'a cat'", "--negative-prompt blurry", "--guidance 1", "--steps 3", "--scheduler dpm",
+                                      "--seed 1", "--dtype bf16"],
     "--prompt 'a fox' --height 64": ["--tile"],
     "--prompt 'a fox' --image fox-alpha.png --model toy/sugar": [
         "--omega-image 1", "--omega-text 1", "--equation 1", "--t-bar 0", "--t-bar 0 --drop clip",
         "--t-bar 0 --drop both", "--image frog.png", "--prompt 'a cat'"],
     "--prompt 'a fox' --image fox.png --adapter toy/switch": [
-        "--image frog.png", "--fit pad", "--mask mask.png", "--guidance 1"],
-    "--prompt 'a fox' --image fox.png --model toy/i2v": ["--image frog.png", "--fit pad", "--guidance 1"],
+        "--image frog.png", "--fit pad", "--mask mask.png", "--guidance 3"],
+    "--prompt 'a fox' --image fox.png --model toy/i2v": ["--image frog.png", "--fit pad", "--guidance 3"],
 }
 
 
