@@ -239,8 +239,7 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
                 copy_whole(out / "real" / "transformer", first)
         ends = [last_checkpoint(folder)[1] for folder in out.rglob("checkpoints")]
         took = {name: sum(end[name] for end in ends) for name in ("step", "seconds")}
-        with checkpoint.replace_when_whole(done) as part:
-            part.write_text(json.dumps({"flags": flags, **took}) + "\n", encoding="utf-8")
+        checkpoint.write_json(done, {"flags": flags, **took})
     return out
 
 
@@ -269,7 +268,7 @@ def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) ->
         if status or evaluate.main(["score", str(folder), "--own", str(args.model), *device]):
             raise BadInput(f"The videos of {folder} could not be made, or not be scored.")
         if there < args.count:
-            took.write_text(json.dumps({"seconds": (time.perf_counter() - started) / (args.count - there)}), encoding="utf-8")
+            checkpoint.write_json(took, {"seconds": (time.perf_counter() - started) / (args.count - there)})
         summary = checkpoint.read_json(folder / "scores.json")
     if summary["unreadable"]:
         raise BadInput(f"Some videos of {folder} cannot be scored ({checkpoint.some(sorted(summary['unreadable']))}): remove the folder.")
@@ -380,13 +379,13 @@ def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[d
              f"{len(next(iter(results.values())))} seeds, {args.count} videos each{f', trained with {args.train}' if args.train else ''}. "
              f"{len(runs)} trainings, which ablations share: {steps:,} steps at {trained_for / max(steps, 1):.2f} s = "
              f"{trained_for / 3600:.2f} hours. Videos, made and scored: {seconds / 3600:.2f} hours."
-             f"{' A quick try: the numbers mean nothing.' * args.quick} {ablation.note}".rstrip(), "", "| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|",
+             f"{' A quick try: the numbers mean nothing.' * args.quick} {ablation.note}".rstrip(), "",
+             "| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|",
              *(f"| {' '.join([label, sweep]).strip()} | " + " | ".join(cell(row[name]) for name in names) + " |"
                for label, rows in table.items() for sweep, row in zip(ablation.sweep, rows)), "",
              "| the paper's finding | measured | here |", "|---|---|---|",
              *(verdict(finding, results, args.count, reason) for finding in ablation.findings)]
-    with checkpoint.replace_when_whole(args.out / f"{args.name}.md") as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    checkpoint.write_text(args.out / f"{args.name}.md", "\n".join(lines) + "\n")
     if ablation.picture:
         x, y = ablation.picture
         picture = figures.scatter({label: [(row[x], row[y]) for row in rows] for label, rows in table.items()}, TITLES[x], TITLES[y],

@@ -11,7 +11,6 @@ never twice the same.
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from functools import lru_cache
@@ -128,8 +127,7 @@ def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ran
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_parts(folder)
         checkpoint.remove_parts(folder, "cutouts/")
-        with checkpoint.replace_when_whole(folder / "index.json") as part:
-            part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        checkpoint.write_json(folder / "index.json", index)
     todo = missing(folder, length)
     ranks.wait()  # all have looked at the same files; what is left is shared out
     mine = list(todo.items())[ranks.rank :: ranks.world]

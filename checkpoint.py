@@ -122,7 +122,7 @@ def part(model: Path, name: str, depth: int = 0) -> Path | None:
 
 def name_base(model: Path, base: str) -> None:
     """Writes that what `model` lacks is to be taken from `base`: see part()."""
-    (model / "model_index.json").write_text(json.dumps({"base": base}) + "\n", encoding="utf-8")
+    write_json(model / "model_index.json", {"base": base})
 
 
 def need(model: Path, name: str) -> Path:
@@ -230,6 +230,21 @@ def replace_when_whole(file: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def write_text(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    with replace_when_whole(file) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> None:
+    """A line of JSON for each row."""
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def remove_parts(folder: Path, below: str = "") -> None:
     """Removes what replace_when_whole() left in `folder`, or in the folders `below`, when its process was killed. Only while nobody
     writes there."""
@@ -267,7 +282,7 @@ def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(part / "config.json", config)
         shards, room = [{}], shard
         for key, tensor in tensors.items():
             if shards[-1] and tensor.nbytes > room:
@@ -281,7 +296,7 @@ def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str
             where = {key: name for name, content in zip(names, shards) for key in content}
             total = sum(tensor.nbytes for tensor in tensors.values())
             listing = {"metadata": {"total_size": total}, "weight_map": where}
-            (part / f"{stem}.safetensors.index.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
+            write_json(part / f"{stem}.safetensors.index.json", listing)
         for name, content in zip(names, shards):
             save_file(content, part / name, metadata={"format": "pt"})
         part.chmod(0o755)  # mkdtemp's folder is closed to others

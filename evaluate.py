@@ -79,10 +79,10 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
     rows = []
     for number, photograph in enumerate(first.values()):
         for i, text in enumerate(prompts.SUGAR[photograph.kind] if args.set == "sugar" else prompts.SWITCH[photograph.noun]):
-            prompt, restored = text.replace("sks", photograph.noun), {"restored": (photograph.kind, i) in prompts.RESTORED}
+            prompt = text.replace("sks", photograph.noun)
             rows.append({"name": f"{prompt}-{number}", "prompt": prompt, "noun": photograph.noun, "subject": photograph.subject,
                          "kind": photograph.kind, "image": str(photograph.file.resolve()), "seed": args.seed + len(rows),
-                         **(restored if args.set == "sugar" else {})})
+                         **({"restored": (photograph.kind, i) in prompts.RESTORED} if args.set == "sugar" else {})})
     return rows
 
 
@@ -110,10 +110,8 @@ def generate(args: argparse.Namespace) -> None:
             if args.cut_out:
                 line["subject"] = row["noun"]
     for name, lines in (("list.jsonl", asked), ("videos.jsonl", rows)):
-        with checkpoint.replace_when_whole(args.out / name) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with checkpoint.replace_when_whole(args.out / "prompts.json") as part:
-        part.write_text(json.dumps({f"{row['name']}.mp4": row["prompt"] for row in rows}, indent=1), encoding="utf-8")
+        checkpoint.write_jsonl(args.out / name, lines)
+    checkpoint.write_json(args.out / "prompts.json", {f"{row['name']}.mp4": row["prompt"] for row in rows})
     make(args.out / "list.jsonl", args.out, args.sample)
 
 
@@ -144,8 +142,7 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
             raise BadInput(f"The videos in {out} were made with {name} = {old.get(name)}, and now it is {settings.get(name)}: choose "
                            f"another --out, or remove that one.")
     out.mkdir(parents=True, exist_ok=True)
-    with checkpoint.replace_when_whole(file) as part:
-        part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    checkpoint.write_json(file, settings)
 
 
 # --- score ------------------------------------------------------------------------------------------------------------
@@ -231,10 +228,8 @@ def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Sc
     summary = {"videos": len(rows), "means": means, "by": {name: by for name, by in scorers.by.items() if name not in without},
                "not measured": scorers.missing | without,
                "unreadable": {line["name"]: line["unreadable"] for line in lines if "unreadable" in line}}
-    with checkpoint.replace_when_whole(folder / "scores.json") as part:
-        part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    with checkpoint.replace_when_whole(folder / "table.md") as part:
-        part.write_text(markdown({folder: summary}, which), encoding="utf-8")
+    checkpoint.write_json(folder / "scores.json", summary)
+    checkpoint.write_text(folder / "table.md", markdown({folder: summary}, which))
     return summary
 
 

@@ -13,7 +13,6 @@ features of frames stand in for I3D's of videos.
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,8 +127,7 @@ def motion(args: argparse.Namespace) -> None:
     if ranks.first:
         lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed, **({"noun": item["noun"]} if item["noun"] else {}),
                   **({} if args.no_image else {"image": str((args.out / item["first"]).resolve())})} for item in chosen]
-        with checkpoint.replace_when_whole(listing) as part:
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        checkpoint.write_jsonl(listing, lines)
     ranks.wait()
     make(listing, args.out, flags)
     ranks.wait()
@@ -151,8 +149,7 @@ def motion(args: argparse.Namespace) -> None:
             real = (media.read_video(args.out / item["real"]) for item in of_class)  # one at a time
             fake = (media.read_video(args.out / "videos" / f"{item['id']}.mp4") for item in of_class)
             rows[name] = {"videos": len(of_class), "distance": frechet_distance(features(real), features(fake))}
-    with checkpoint.replace_when_whole(args.out / "motion.json") as part:
-        part.write_text(json.dumps({"by": by, "classes": rows}, indent=2) + "\n", encoding="utf-8")
+    checkpoint.write_json(args.out / "motion.json", {"by": by, "classes": rows})
     printed = {"CogVideoX, fine-tuned": (597.54, 594.26, 573.86), "image-only": (641.92, 636.42, 680.34),
                "two-stage": (801.97, 872.30, 824.03), "Switch": (512.30, 511.66, 550.14)}  # Table 3
     print(f"\n{by}\n\n| | small | medium | large |\n|---|---|---|---|")

@@ -68,15 +68,13 @@ class Run:
                 self.judge(sample, limits)
                 record = self.path(name, sample["id"], ".json")
                 record.parent.mkdir(parents=True, exist_ok=True)
-                with checkpoint.replace_when_whole(record) as part:
-                    part.write_text(json.dumps(sample), encoding="utf-8")
+                checkpoint.write_json(record, sample)
                 bar.update()
         self.ranks.wait()
         if self.ranks.first:
             rows = [json.loads(self.path(name, sample["id"], ".json").read_text(encoding="utf-8")) for sample in samples]
             self.draw(name, rows, show, limits)
-            with checkpoint.replace_when_whole(self.out / f"{name}.jsonl") as part:  # last, as it says that the stage is done
-                part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            checkpoint.write_jsonl(self.out / f"{name}.jsonl", rows)  # last, as it says that the stage is done
         self.ranks.wait()
         self.say(name)
 
@@ -100,8 +98,7 @@ class Run:
         self.ranks.wait()
         if self.ranks.first and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            with checkpoint.replace_when_whole(file) as part:
-                part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            checkpoint.write_json(file, settings)
         self.ranks.wait()
 
     def say(self, name: str) -> None:

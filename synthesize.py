@@ -344,8 +344,7 @@ def triplets(run: Run, args: argparse.Namespace) -> None:
     if not rows:
         raise BadInput(f"No triplet is left in {run.out}: look at its sheets and histograms, and lower a threshold.")
     if run.ranks.first:
-        with checkpoint.replace_when_whole(run.out / "triplets.jsonl") as part:
-            part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        checkpoint.write_jsonl(run.out / "triplets.jsonl", rows)
         print(f"wrote {run.out / 'triplets.jsonl'}: {len(rows)} triplets; python train_sugar.py --data {run.out} trains on them")
 
 

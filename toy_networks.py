@@ -1,6 +1,5 @@
 """The toy's networks, small, in the official layout: made, untrained, and written; and what each learns. toy.py trains them."""
 
-import json
 import re
 from functools import lru_cache, partial
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import world
-from checkpoint import name_base
+from checkpoint import name_base, write_json
 from encoders import Tokenizer
 from lora import Adapter, inject, lora_state_dict, save_adapter
 from model import Config, Transformer, init_sugar, load_transformer, save_transformer
@@ -47,7 +46,7 @@ def write_tokenizer(folder: Path) -> int:
     (folder / "spiece.vocab").unlink()
     config = {"tokenizer_class": "T5Tokenizer", "model_max_length": TOKENS, "extra_ids": 100, "eos_token": "</s>",
               "unk_token": "<unk>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)
     return Tokenizer(folder).size
 
 
@@ -117,17 +116,17 @@ def save_half(network: nn.Module, folder: Path) -> None:
         clip_tokenizer().save_pretrained(folder)
     if folder.name in ("dino", "clip"):
         settings = {"crop_size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        write_json(folder / "preprocessor_config.json", settings)
 
 
 def write_frame(folder: Path) -> None:
     """What is not trained: scheduler and model_index.json."""
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE, indent=2) + "\n")
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULE)
     parts = {"tokenizer": ["transformers", "T5Tokenizer"], "text_encoder": ["transformers", "T5EncoderModel"],
              "vae": ["diffusers", "AutoencoderKLCogVideoX"], "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
              "scheduler": ["diffusers", "CogVideoXDDIMScheduler"]}
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "CogVideoXPipeline", **parts}, indent=2) + "\n")
+    write_json(folder / "model_index.json", {"_class_name": "CogVideoXPipeline", **parts})
 
 
 def write_variant(folder: Path, model: Transformer) -> None:

@@ -8,7 +8,6 @@ image, and from synthetic ones, whose subject looks different but hardly moves.
 """
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,8 +181,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
     tensors = distributed.full_state_dict(model, lambda key: key not in frozen)
     if ranks.first:
         before = load_transformer(weights).state_dict() if frozen else {}  # in float32, as they no longer are here
-        with checkpoint.replace_when_whole(out / "settings.json") as part:
-            part.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        checkpoint.write_json(out / "settings.json", settings)
         save_tensors(model.config, before | tensors, out / "transformer")
     ranks.wait()  # the next stage begins with what the first rank has just written
     return True

@@ -346,8 +346,7 @@ def keep_lines(file: Path, step: int) -> None:
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < step]
     if len(kept) < len(lines):
-        with checkpoint.replace_when_whole(file) as part:
-            part.write_text("".join(kept), encoding="utf-8")
+        checkpoint.write_text(file, "".join(kept))
 
 
 def peak_memory(ranks: Ranks) -> int:
