@@ -16,6 +16,8 @@ from world import BACKGROUNDS, LOOKS, MOTIONS, REACH, SHIFT, SIZE, Scene, Subjec
 HALF, BLUR = SIZE // 2, 5  # pixels
 GRID = 48  # of the Fourier transforms: HALF, and room for half a subject on either side, so that none wraps around
 BOUND = 120.0**2  # no pixel's squared error counts more than this when backgrounds are compared: subjects are outliers
+SHARES = np.linspace(0, 1.4, 29)  # of a motion's usual amount
+GAIN = 0.07
 EMPTY = 40.0**2  # what differs less from the background (squared, summed over colours) is not yet a subject
 
 
@@ -59,15 +61,20 @@ def fit(texture: ndarray, reach: float, scales: ndarray, angles: ndarray, V: nda
     return poses, np.square(V - B).sum((-3, -2, -1)) - error.min(1)
 
 
-def track(video: ndarray, B: ndarray) -> ndarray:
-    """How what is in front of B moves, whoever it is: what the middle one of the frames [F, SIZE, SIZE, 3] shows there
-    is looked for in all of them. Returns poses [F, 4] of that cut-out."""
+def motion_of(video: ndarray, B: ndarray) -> tuple[str, float]:
+    """How what is in front of B moves, whoever it is, and how much. What the middle one of the frames [F, SIZE, SIZE, 3] shows there
+    is drawn in all of them, moved as each of the motions by each share of its usual amount; what explains the clip best wins. Below a
+    third of the amount nothing moves, nor where the path explains less than GAIN of what standing still does not.
+
+    How much: that share, 1 at most, times how far the frames agree, as what tears from place to place does not move: of what the
+    path gains over standing still, frame by frame, the sum over the sum of the magnitudes.
+    """
     V, middle = halved(video), len(video) // 2
     D = np.square(V - B).sum(-1)[middle]
     front = box(D[..., None], 3) > EMPTY + 2 * np.median(D)
     front = box(front, 3) > 0.99  # without the rim, into which a background is mixed that stays where it is
     if front.sum() < 8:  # nothing there
-        return np.zeros((len(video), 4))
+        return "still", 0.0
     rows, columns, _ = np.nonzero(front)
     y, x = int(2 * rows.mean() + 1), int(2 * columns.mean() + 1)
     alpha = front.repeat(2, 0).repeat(2, 1)
@@ -75,22 +82,20 @@ def track(video: ndarray, B: ndarray) -> ndarray:
     cut[SIZE - y : 2 * SIZE - y, SIZE - x : 2 * SIZE - x] = np.concatenate([video[middle] * alpha, alpha], axis=-1)
     cut = box(cut[HALF:-HALF, HALF:-HALF].repeat(2, 0).repeat(2, 1), 3)
     cut[[0, -1]] = cut[:, [0, -1]] = 0  # place() repeats the border
-    poses, _ = fit(cut, HALF, np.linspace(-0.5, 0.5, 6), np.arange(0, 360, 12), V, B)
-    poses[:, 3] = np.degrees(np.unwrap(np.radians(poses[:, 3])))
-    return poses
 
-
-def classify(path: ndarray) -> tuple[str, float]:
-    """The motion of which the poses [F, 4] have the largest share of the usual amount, and how much moves: that share, 1 at most,
-    times how much of the path it explains, as what tears from place to place does not move. Below a third, nothing moves."""
-    path = path - path.mean(0)
-    shares = {name: curve @ path[:, part] / amount / np.square(curve).sum()
-              for name, (_, _, part, amount, curve) in MOTIONS.items() if amount}
-    shares["spin"] = np.abs(shares["spin"])  # either way round
-    best = max(shares, key=shares.get)
-    _, _, part, _, curve = MOTIONS[best]
-    explained = np.square(curve @ path[:, part]) / max(np.square(curve).sum() * np.square(path[:, part]).sum(), 1e-9)
-    return best if shares[best] > 1 / 3 else "still", float(shares[best].clip(0, 1) * explained)
+    best = ("still", 0.0, np.zeros(1))  # what moves, by which share, and each frame's gain over standing still
+    for name, (_, _, part, amount, curve) in MOTIONS.items():
+        for way in (1, -1) if name == "spin" else (1,) if amount else ():
+            poses = np.tile([x, y, 0.0, 0.0], (len(SHARES), len(V), 1))
+            poses[..., part] += SHARES[:, None] * way * amount * (curve - curve[middle])
+            S = place(cut, HALF, poses.reshape(-1, 4), 2).reshape(len(SHARES), len(V), HALF, HALF, 4)
+            error = np.square(S[..., :3] + (1 - S[..., 3:]) * B - V).sum((-3, -2, -1))  # [shares, F]
+            gain, still = error[0] - error, error[0].sum()
+            most = gain.sum(1).argmax()
+            if gain[most].sum() > max(best[2].sum(), GAIN * still):
+                best = name, SHARES[most], gain[most]
+    name, share, gain = best
+    return name if share > 1 / 3 else "still", float(min(share, 1.0) * gain.sum() / max(np.abs(gain).sum(), 1e-9))
 
 
 def measure(video: ndarray, candidates: list[Subject], look: str) -> dict:
@@ -104,7 +109,7 @@ def measure(video: ndarray, candidates: list[Subject], look: str) -> dict:
     error = sum(np.square(frame - backdrops()).sum(-1).clip(max=BOUND).sum((-2, -1)) for frame in V)
     kind, shift = np.unravel_index(error.argmin(), error.shape)
     B = backdrops()[kind, shift]
-    motion, movement = classify(track(video, B))
+    motion, movement = motion_of(video, B)
     V = V[[0, len(V) // 2, -1]]  # three frames suffice for the rest
     explained = {(subject, dressed): fit(texture(subject, dressed, 13), REACH, np.linspace(-0.4, 0.4, 4),
                                          np.arange(0, 360, 30), V, B)[1].sum()
