@@ -35,6 +35,8 @@ from vae import load_vae, save_vae
 
 # Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.
 TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (16000, 2e-3), "i2v": (1500, 1e-3)}
+# Flags of train_sugar.py. Where DINO's and CLIP's tokens lie has to be learned from nothing, on real videos; then the paper's strategy.
+SUGAR_STAGES = {"sugar_real": (5000, "--strategy mix --p 0"), "sugar": (8000, "--strategy tsf --lr 1.5e-3")}
 
 
 class Builder:
@@ -244,20 +246,21 @@ class Builder:
             half = {key.removeprefix("transformer."): tensor.half() for key, tensor in load_file(file).items()}
             save_adapter(half, self.folder / "switch", read_adapter(file))
 
-    def sugar(self) -> None:
-        """The SUGAR model, by the paper's own trainer: TSF, design (b)."""
+    def sugar(self, stage: str) -> None:
+        """The SUGAR model, design (b), by the paper's own trainer."""
         import train_sugar
 
-        out = self.work / "sugar"
+        (steps, flags), out = SUGAR_STAGES[stage], self.work / stage
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, sugar=True)
         train_sugar.run(train_sugar.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(5000)),
+            ["--model", str(self.folder if stage == "sugar_real" else self.work / "sugar_real"), "--out", str(out),
+             "--device", self.ranks.device.type, "--steps", str(self.count(steps)), *flags.split(),
              "--real-data", str(self.cached("subjects", 6000, encoder).folder),
              "--data", str(self.cached("triplets", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
             distributed.leave(0)
-        if self.ranks.first:
+        if self.ranks.first and stage == "sugar":
             write_variant(self.folder / "sugar", load_transformer(out / "transformer"))
 
     def finish(self, task: nn.Module, weights: dict[str, Tensor], save: Callable[[nn.Module], None]) -> None:
@@ -270,7 +273,7 @@ class Builder:
 STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Builder.dino,
           **{stage: partial(Builder.vae, stage=stage) for stage in VAE_STAGES},
           **{stage: partial(Builder.transformer, stage=stage) for stage in TRANSFORMER_STAGES},
-          "switch": Builder.switch, "sugar": Builder.sugar}
+          "switch": Builder.switch, **{stage: partial(Builder.sugar, stage=stage) for stage in SUGAR_STAGES}}
 
 
 def build(args: argparse.Namespace) -> None:
