@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -349,6 +350,9 @@ def ablate(args) -> None:
     """Trains, samples, scores; writes NAME.md and NAME.png."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("An ablation is one process: start several, of other names, beside each other; they share their runs.")
+    for flag in ("--seed", "--model", "--out", "--device"):
+        if re.search(rf"(^|\s){flag}[a-z]*(=|\s|$)", args.train):
+            raise BadInput(f"--train {args.train!r}: {flag} is the ablation's own to give.")
     ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
     if args.quick:
         args.out, args.count = args.out / "quick", 2
@@ -380,6 +384,8 @@ def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[d
              f"{len(runs)} trainings, which ablations share: {steps:,} steps at {trained_for / max(steps, 1):.2f} s = "
              f"{trained_for / 3600:.2f} hours. Videos, made and scored: {seconds / 3600:.2f} hours."
              f"{' A quick try: the numbers mean nothing.' * args.quick} {ablation.note}".rstrip(), "",
+             "DINO-I, CLIP-I, CLIP-T and the consistencies are by the toy's own networks, the dynamic degree by a classical estimator of "
+             "optical flow, what is exact by the world itself.", "",
              "| | " + " | ".join(TITLES[name] for name in names) + " |", "|---" * (len(names) + 1) + "|",
              *(f"| {' '.join([label, sweep]).strip()} | " + " | ".join(cell(row[name]) for name in names) + " |"
                for label, rows in table.items() for sweep, row in zip(ablation.sweep, rows)), "",

@@ -11,6 +11,7 @@ never twice the same.
 """
 
 import argparse
+import hashlib
 import time
 from dataclasses import asdict
 from functools import lru_cache
@@ -108,6 +109,18 @@ def stored_settings(encoder: Encoder, stream: str) -> dict:
             "weights": checkpoint.fingerprint(*folders) if there else None, **frames}
 
 
+def digest_of(data: Path) -> str:
+    """Tells whether a dataset is what it was: by the table's contents, or by names, sizes, and tables in its folder."""
+    files = [data] if data.is_file() else sorted(file for file in data.rglob("*") if file.is_file() and file.name[0] != ".")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.relative_to(data.parent)}:{file.stat().st_size};".encode(errors="surrogateescape"))
+        if file.suffix.lower() in (".csv", ".jsonl") or file == data:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def write_cache(folder: Path, dataset, length: int, encoder: Encoder, ranks: Ranks, seed: int, settings: dict) -> Cache:
     """Encodes the first `length` examples into `folder`, every rank its share of the files. Files that are there are kept,
     so a run that was stopped goes on where it was.
@@ -181,7 +194,8 @@ def run(args: argparse.Namespace) -> None:
     clip = readers.clip_of(args, config)
     dataset, length = readers.open_data(args.data, args.stream, args.count, 4000, clip, args, encoder, args.out)
     started, new = time.perf_counter(), sum(missing(args.out, length).values())
-    about = {"data": args.data, "clip": asdict(clip) if args.data else {}, "share": args.share}
+    about = {"data": args.data, "data's digest": args.data and digest_of(Path(args.data)), "clip": asdict(clip) if args.data else {},
+             "share": args.share}
     written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})
     if ranks.first:
         seconds = time.perf_counter() - started

@@ -73,7 +73,7 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
         return toy_rows(args)
     if args.dreambench is None:
         raise BadInput(f"--set {args.set} needs --dreambench, the folder of DreamBench's subjects.")
-    first = {}  # one photograph of each subject
+    first = {}  # one photograph of each subject, the first by name
     for photograph in DreamBench(args.dreambench).photographs:
         first.setdefault(photograph.subject, photograph)
     rows = []
@@ -87,22 +87,33 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
 
 
 def toy_rows(args: argparse.Namespace) -> list[dict]:
-    """Held-out subjects of the toy's world, portraits of which are written to DIR/images."""
+    """Held-out subjects of the toy's world, whose portraits come to lie in DIR/images."""
     looks, rows = tuple(world.LOOKS) if args.looks else ("plain",), []
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
     for i in range(args.count or 64):
         example, image = ToyTest(args.seed, looks)[i], args.out / "images" / f"{i:04d}.png"
-        media.save_image(example.image, image)
         rows.append({"name": f"{example.text}-{i}", "prompt": example.text, "noun": example.noun, "subject": f"{i:04d}",
                      "kind": "toy", "image": str(image.resolve()), "seed": 1000 * args.seed + i, "toy": [args.seed, looks, i]})
     return rows
 
 
+def save_portraits(out: Path, rows: list[dict]) -> None:
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        seed, looks, i = row["toy"]
+        media.save_image(ToyTest(seed, looks)[i].image, Path(row["image"]))
+
+
 def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
-    made_by(args.out, {"set": args.set, "seed": args.seed, "looks": args.looks, "image": not args.no_image, "cut_out": args.cut_out},
-            args.sample)
-    rows = rows_of(args)[: args.count]
+    rows, photographs = rows_of(args), None
+    if args.set != "toy":
+        contents = (Path(image).read_bytes() for image in dict.fromkeys(row["image"] for row in rows))
+        photographs = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()[:16]
+    rows = rows[: args.count]
+    made_by(args.out, {"set": args.set, "seed": args.seed, "looks": args.looks, "image": not args.no_image, "cut_out": args.cut_out,
+                       "photographs": photographs}, args.sample)
+    if args.set == "toy":
+        save_portraits(args.out, rows)
     asked = [{"name": row["name"], "prompt": row["prompt"], "noun": row["noun"], "seed": row["seed"]} for row in rows]
     if not args.no_image:
         for line, row in zip(asked, rows):
@@ -136,7 +147,8 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     settings = {**settings, **{name: value for name, value in vars(given).items() if name not in free}, "weights": weights,
                 "the checkpoint's guidance": scales}
     file = out / "settings.json"
-    old = checkpoint.read_json(file) if file.exists() else settings
+    begun = file.exists() and any((out / "videos").glob("[!.]*.mp4"))  # a first try may have made none
+    old = checkpoint.read_json(file) if begun else settings
     for name in sorted(settings.keys() | old.keys()):
         if old.get(name) != settings.get(name):
             raise BadInput(f"The videos in {out} were made with {name} = {old.get(name)}, and now it is {settings.get(name)}: choose "
@@ -151,8 +163,11 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
 def read_lines(file: Path) -> list[dict]:
     if not file.exists():
         raise BadInput(f"There is no {file}: is {file.parent} what evaluate.py generate wrote?")
-    # A run that was killed while it wrote may have left half a line.
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):  # a run that was killed while it wrote may have left half a line
+            rows.append(json.loads(line))
+    return rows
 
 
 def check_complete(folder: Path, rows: list[dict]) -> None:
@@ -171,9 +186,10 @@ def exact_scores(frames: np.ndarray, seed: int, looks: list[str], number: int) -
 
 
 def score(args: argparse.Namespace) -> None:
-    """Scores each folder's videos; those that scores.jsonl has already are not scored again."""
-    device = distributed.start(args.device).device
-    scorers = Scorers(device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
+    """Scores each folder's videos, every rank its share; those that scores.jsonl has already are not scored again."""
+    ranks, which = distributed.start(args.device), set_of(args.folders, args.set)
+    args.own = args.own or (Path("checkpoints/toy") if which == "toy" else None)
+    scorers = Scorers(ranks.device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
                       args.amt, args.viclip)
     parts = (args.own, args.raft, args.amt, args.viclip)
     weights = checkpoint.fingerprint(*(part for part in parts if part is not None and part.exists()))
@@ -181,18 +197,36 @@ def score(args: argparse.Namespace) -> None:
     for folder in args.folders:
         rows = read_lines(folder / "videos.jsonl")
         check_complete(folder, rows)
-        done = {line["of"]: line for line in read_lines(folder / "scores.jsonl")} if (folder / "scores.jsonl").exists() else {}
-        done = {of: line for of, line in done.items() if "scores" in line}
+        there = lambda: {line["of"]: line for line in read_lines(folder / "scores.jsonl")} if (folder / "scores.jsonl").exists() else {}
+        done = {of for of, line in there().items() if "scores" in line}
         keys = {row["name"]: key_of(folder, row, by) for row in rows}
+        todo = [row for row in rows if keys[row["name"]] not in done]
+        ranks.wait()  # all have looked
+        if ranks.first and (folder / "scores.jsonl").exists() and not (folder / "scores.jsonl").read_bytes().endswith(b"\n"):
+            with (folder / "scores.jsonl").open("a", encoding="utf-8") as file:
+                file.write("\n")
+        ranks.wait()
         with (folder / "scores.jsonl").open("a", encoding="utf-8") as file:
-            for row in tqdm([row for row in rows if keys[row["name"]] not in done], folder.name, unit="video", dynamic_ncols=True):
+            for row in tqdm(todo[ranks.rank :: ranks.world], folder.name, unit="video", disable=not ranks.first, dynamic_ncols=True):
                 line = {"of": keys[row["name"]], "name": row["name"], **score_one(folder, row, scorers, args.fps)}
-                done[line["of"]] = line
                 file.write(json.dumps(line) + "\n")
                 file.flush()
-        done = {row["name"]: done[keys[row["name"]]] for row in rows}
-        tables[folder] = summarize(folder, rows, done, scorers, args.set)
-    print_table(tables, args.set)
+        ranks.wait()
+        if ranks.first:
+            scored = there()
+            tables[folder] = summarize(folder, rows, {row["name"]: scored[keys[row["name"]]] for row in rows}, scorers, which)
+    if ranks.first:
+        print(f"\n{table(tables, which)}")
+
+
+def set_of(folders: list[Path], asked: str | None) -> str:
+    """Whose prompts the videos in all folders were made for, as generate noted it; "toy" where nothing is known."""
+    files = [folder / "settings.json" for folder in folders]
+    sets = {folder: checkpoint.read_json(file).get("set", "toy") if file.exists() else asked or "toy" for folder, file in zip(folders, files)}
+    if len({*sets.values(), *([asked] if asked else [])}) > 1:
+        raise BadInput("One table is of one set: " + ", ".join(f"{folder} is of {name}" for folder, name in sets.items()) +
+                       (f", and --set is {asked}" if asked else "") + ".")
+    return sets[folders[0]]
 
 
 def key_of(folder: Path, row: dict, by: list) -> str:
@@ -229,12 +263,12 @@ def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Sc
                "not measured": scorers.missing | without,
                "unreadable": {line["name"]: line["unreadable"] for line in lines if "unreadable" in line}}
     checkpoint.write_json(folder / "scores.json", summary)
-    checkpoint.write_text(folder / "table.md", markdown({folder: summary}, which))
+    checkpoint.write_text(folder / "table.md", table({folder: summary}, which))
     return summary
 
 
-def markdown(tables: dict[Path, dict], which: str) -> str:
-    """A row for each folder, below the paper's own."""
+def table(tables: dict[Path, dict], which: str) -> str:
+    """A row for each folder, below the paper's own; and below that by whom each score is, and what is missing and why."""
     names, factor, printed = SETS[which]
     digits = 2 if factor == 100 else 3
     number = lambda value: "" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -250,25 +284,25 @@ def markdown(tables: dict[Path, dict], which: str) -> str:
             few = f" of {found['videos']}" if found["videos"] < summary["videos"] else ""
             cells.append(f"**{number(factor * found['mean'])}** [{number(factor * found['low'])}, {number(factor * found['high'])}]{few}")
         lines.append(f"| {folder.name} ({summary['videos']} videos) | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def print_table(tables: dict[Path, dict], which: str) -> None:
-    print("\n" + markdown(tables, which))
-    for name, reason in {name: why for summary in tables.values() for name, why in summary["not measured"].items()}.items():
-        print(f"not measured: {TITLES[name]}: {reason}")
+    lines.append("")
     for name, by in {name: by for summary in tables.values() for name, by in summary["by"].items()}.items():
-        print(f"{TITLES[name]}: by {by}")
+        lines.append(f"- {TITLES[name]}: by {by}")
+    for name, reason in {name: why for summary in tables.values() for name, why in summary["not measured"].items()}.items():
+        lines.append(f"- not measured: {TITLES[name]}: {reason}")
     for folder, summary in tables.items():
-        for video, reason in summary["unreadable"].items():
-            print(f"{folder}: {video}: {reason}")
+        lines += [f"- unreadable: {folder.name}: {video}: {reason}" for video, reason in summary["unreadable"].items()]
+    return "\n".join(lines) + "\n"
 
 
 # --- sheet ------------------------------------------------------------------------------------------------------------
 
 
 def sheet(args: argparse.Namespace) -> None:
-    """Methods side by side: FIRST/sheet.png with some frames, FIRST/sheet.gif playing, a row for each prompt."""
+    """Methods side by side: FIRST/sheet.png with some frames, FIRST/sheet.gif playing, a row for each prompt. All are shown as high as
+    the first."""
+    for name in ("count", "frames", "fps"):
+        if getattr(args, name) <= 0:
+            raise BadInput(f"--{name} {getattr(args, name):g}: choose a positive number.")
     rows = read_lines(args.folders[0] / "videos.jsonl")[: args.count]
     items, playing = [], []
     for row in rows:
@@ -279,6 +313,9 @@ def sheet(args: argparse.Namespace) -> None:
                 raise BadInput(f"{folder} has no video {row['name']}.mp4, which {args.folders[0]} has.")
             videos.append(media.read_video(file))
         subject = media.on_white(media.open_image(row["image"]))
+        height = videos[0].shape[1]
+        videos = [video if video.shape[1] == height else np.stack([np.asarray(Image.fromarray(frame).resize(
+            (round(video.shape[2] * height / video.shape[1]), height))) for frame in video]) for video in videos]
         stills = [Image.fromarray(video[i]) for video in videos for i in np.linspace(0, len(video) - 1, args.frames).round().astype(int)]
         items.append(([subject, *stills], row["prompt"], True))
         side_by_side = [np.concatenate([video[min(i, len(video) - 1)] for video in videos], axis=1)
@@ -313,7 +350,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--no-image", action="store_true", help="give no image: what a plain text-to-video model makes of the prompts")
     s = commands.add_parser("score", help="the papers' scores, beside their tables")
     s.add_argument("folders", nargs="+", type=Path)
-    s.add_argument("--set", choices=list(SETS), default="toy", help="whose table (default: %(default)s)")
+    s.add_argument("--set", choices=list(SETS), help="whose table (default: that for which the videos were made)")
     s.add_argument("--own", type=Path, help="a checkpoint whose own CLIP and DINO stand in (the toy's: checkpoints/toy)")
     for name, hub in PUBLISHED.items():
         s.add_argument(f"--{name}", default=hub, help="folder or hub id (default: %(default)s)")
@@ -356,8 +393,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = p.parse_args(own)
     args.sample = rest
-    if args.command == "score" and args.set == "toy":
-        args.own = args.own or Path("checkpoints/toy")
     return args
 
 

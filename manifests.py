@@ -44,6 +44,8 @@ class Row(NamedTuple):
 
 def read_manifest(file: Path) -> list[Row]:
     """The rows of a manifest: CSV with a heading, JSONL, or parquet."""
+    if not file.exists():
+        raise BadInput(f"There is no {file}: give a manifest, or a folder of videos.")
     if file.suffix.lower() not in (".parquet", ".csv", ".jsonl"):
         raise BadInput(f"{file} is no manifest: .csv with a heading, .jsonl and .parquet are read, or a folder of videos.")
     if file.suffix.lower() == ".parquet":

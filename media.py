@@ -210,8 +210,9 @@ def ffmpeg(*arguments: str, seconds: float = 600) -> subprocess.CompletedProcess
 def probe(file: Path) -> Probe:
     """Length and size of a video, read off its container: nothing is decoded."""
     said = ffmpeg("-i", str(file)).stderr.decode("utf-8", "replace")
-    stream = re.search(r"Stream #.*?: Video: .*?\b(\d{2,5})x(\d{2,5})\b(.*)", said)
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", said)
+    # Each is sought where ffmpeg says it: a comment, such as our prompt, may speak of rates and rotations too.
+    stream = re.search(r"^ *Stream #.*?: Video: .*?\b(\d{2,5})x(\d{2,5})\b(.*)", said, re.MULTILINE)
+    length = re.search(r"^ *Duration: (\d+):(\d+):([\d.]+)", said, re.MULTILINE)
     if stream is None:
         audio = "Audio:" in said
         reason = said.strip().splitlines()[-1].removeprefix(f"{file}: ") if said.strip() else "ffmpeg says nothing"
@@ -219,11 +220,11 @@ def probe(file: Path) -> Probe:
     width, height = int(stream[1]), int(stream[2])
     for across, down in re.findall(r"SAR ([1-9]\d*):([1-9]\d*)", stream[3])[-1:]:  # of a pixel; the container's comes last
         width = max(int(width * int(across) / int(down)), 1)
-    turned = re.search(r"rotation of (-?[\d.]+) degrees", said)
+    turned = re.search(r"^ *[Dd]isplay ?[Mm]atrix: rotation of (-?[\d.]+) degrees", said, re.MULTILINE)
     if turned and round(abs(float(turned[1]))) % 180 == 90:
         width, height = height, width
     seconds = 3600 * int(length[1]) + 60 * int(length[2]) + float(length[3]) if length else None
-    rate = re.search(r"([\d.]+) fps", said)
+    rate = re.search(r"([\d.]+) fps", stream[3])
     return Probe(seconds, width, height, float(rate[1]) if rate else 8.0)
 
 
@@ -234,7 +235,7 @@ def decode(file: Path, clip: Clip, rng: np.random.Generator) -> np.ndarray:
     if clip.small == "skip" and (width < clip.width or height < clip.height):
         raise TooLittle(f"it is {width}x{height}, smaller than {clip.width}x{clip.height}")
     asked = f"{clip.frames} frames at {clip.fps:g} fps take {clip.seconds:.2f} s"
-    spare = 0.0 if seconds is None else seconds - clip.seconds
+    spare = 0.0 if seconds is None else seconds - 0.01 - clip.seconds  # ffmpeg rounds to hundredths: let no frame be lost to that
     if spare < -0.5 / clip.fps and clip.short == "skip":
         raise TooLittle(f"it lasts {seconds:.2f} s, and {asked}")
     start = rng.uniform(0, spare) if spare > 0 else 0.0
@@ -263,8 +264,9 @@ def read_video(file: Path) -> np.ndarray:
     _, width, height, _ = probe(file)
     done = ffmpeg("-loglevel", "error", "-i", str(file), "-vf", f"scale={width}:{height}", "-fps_mode", "passthrough", "-f", "rawvideo",
                   "-pix_fmt", "rgb24", "-")
-    if not done.stdout or len(done.stdout) % (height * width * 3):
-        raise BadInput(f"{file} cannot be read: {done.stderr.decode('utf-8', 'replace').strip() or 'it is cut short'}.")
+    if done.stderr or not done.stdout or len(done.stdout) % (height * width * 3):  # what is damaged is concealed, and complained of
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise BadInput(f"{file} cannot be read: {said[0].rstrip('.') if said else 'it is cut short'}.")
     return np.frombuffer(bytearray(done.stdout), dtype=np.uint8).reshape(-1, height, width, 3)  # not bytes: one may write to it
 
 

@@ -25,7 +25,8 @@ import distributed
 import media
 import world
 from checkpoint import BadInput
-from encoders import GroundedSAM
+from data import Broken
+from encoders import GroundedSAM, find
 from media import Clip
 from readers import Videos
 from stages import Run
@@ -47,7 +48,7 @@ def class_of(subject: float, background: float, height: int, args: argparse.Name
     return CLASSES[int(subject > args.small * scale) + int(subject > args.medium * scale)], ""
 
 
-def videos_of(args: argparse.Namespace, clip: Clip, model: Path, device) -> Iterator[tuple[str, callable]]:
+def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | None) -> Iterator[tuple[str, callable]]:
     """Names of videos, and functions that give each one's frames, caption, noun, and mask of the subject in the first frame."""
     if args.data is None:
         def toy(i):
@@ -56,14 +57,13 @@ def videos_of(args: argparse.Namespace, clip: Clip, model: Path, device) -> Iter
 
         yield from ((f"{i:06d}", lambda i=i: toy(i)) for i in range(args.count or 64))
         return
-    videos, segmenters = Videos(args.data, clip, args.seed), []
+    videos = Videos(args.data, clip, args.seed)
 
     def real(i):
         example = videos[i]
-        segmenters.append(segmenters.pop() if segmenters else GroundedSAM(model, device))
-        mask = segmenters[0](Image.fromarray(example.video[0]), example.noun or example.text)
+        mask = segmenter(Image.fromarray(example.video[0]), example.noun or example.text)
         if mask is None:
-            raise BadInput("no subject was found in its first frame")
+            raise Broken("no subject was found in its first frame")
         return example.video, example.text, example.noun, np.asarray(mask) > 127
 
     yield from ((f"{i:06d}", lambda i=i: real(i)) for i in range(min(args.count or len(videos), len(videos))))
@@ -71,15 +71,14 @@ def videos_of(args: argparse.Namespace, clip: Clip, model: Path, device) -> Iter
 
 def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) -> list[dict]:
     """Steps 1 to 4. Real clips and their first frames are written below the run's folder."""
-    from data import Broken
-
-    sources = dict(videos_of(args, clip, model, run.ranks.device))
+    segmenter = GroundedSAM(model, run.ranks.device) if args.data else None
+    sources = dict(videos_of(args, clip, segmenter))
 
     def work(todo: list[dict]) -> Iterator[dict]:
         for item in todo:
             try:
                 frames, text, noun, mask = sources[item["id"]]()
-            except (Broken, BadInput) as error:
+            except Broken as error:
                 yield {**item, "kept": False, "why": f"unusable: {error}"}
                 continue
             if mask.all() or not mask.any():
@@ -95,7 +94,9 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
                    "kept": found is not None, **({"why": why} if why else {}), "real": str(real.relative_to(run.out)),
                    "first": str(first.relative_to(run.out))}
 
+    segmented_by = checkpoint.fingerprint(*(find(model, part) for part in ("grounding_dino", "sam"))) if args.data else None
     settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed, "flow": flow.name,
+                "flow's weights": checkpoint.fingerprint(args.raft) if args.raft else None, "Grounded SAM's weights": segmented_by,
                 "camera": args.camera, "small": args.small, "medium": args.medium}
     run.stage("classes", [{"id": name, "label": ""} for name in sources], settings, work,
               lambda item: [Path(item["real"])] if "real" in item else [], {})
@@ -155,5 +156,5 @@ def motion(args: argparse.Namespace) -> None:
     print(f"\n{by}\n\n| | small | medium | large |\n|---|---|---|---|")
     for title, row in printed.items():
         print(f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |")
-    print(f"| {args.out.name} | " + " | ".join(f"{rows[n]['distance']:.4g} ({rows[n]['videos']} videos)" if n in rows else "no video"
+    print(f"| {args.out.name} | " + " | ".join(f"{rows[n]['distance']:.4g} ({rows[n]['videos']} videos)" if n in rows else "too few videos"
                                               for n in CLASSES) + " |")

@@ -208,12 +208,7 @@ class Scorers:
         self.of: dict[str, Callable] = {}  # features: of frames or pictures, unit vectors [T, D]; of texts, [D]
         names = {**PUBLISHED, **(published or {})}
         if own is not None:
-            likeness = Similarity(own, device)
-            stack = lambda frames: [Image.fromarray(frame) for frame in frames]
-            self.of |= {"subject": lambda frames: likeness.features(stack(frames)).cpu(), "text": lambda text: likeness.words(text).cpu(),
-                        "background": lambda frames: likeness.pictures(stack(frames)).cpu(),
-                        "dino": lambda images: likeness.features(images).cpu(), "clip": lambda images: likeness.pictures(images).cpu()}
-            self.by |= {score: f"{own}'s own" for score in ("dino_i", "clip_i", "clip_t", "subject", "background")}
+            self.try_to(("dino_i", "clip_i", "clip_t", "subject", "background"), f"{own}'s own", lambda: self.use_own(own))
         else:
             self.try_to(("subject",), names["dino-b16"], lambda: self.use_dino("subject", names["dino-b16"]))
             self.try_to(("dino_i",), names["dino-s16"], lambda: self.use_dino("dino", names["dino-s16"]))
@@ -230,6 +225,17 @@ class Scorers:
             self.missing |= {score: str(error) for score in scores}
         else:
             self.by |= {score: by for score in scores}
+
+    def use_own(self, model: Path) -> None:
+        folder = checkpoint.resolve(str(model))
+        for part in ("clip", "dino"):
+            if checkpoint.part(folder, part) is None:  # the hub's, which other checkpoints fall back to, would go by a wrong name
+                raise checkpoint.BadInput(f"{model} has no {part} of its own")
+        likeness = Similarity(folder, self.device)
+        stack = lambda frames: [Image.fromarray(frame) for frame in frames]
+        self.of |= {"subject": lambda frames: likeness.features(stack(frames)).cpu(), "text": lambda text: likeness.words(text).cpu(),
+                    "background": lambda frames: likeness.pictures(stack(frames)).cpu(),
+                    "dino": lambda images: likeness.features(images).cpu(), "clip": lambda images: likeness.pictures(images).cpu()}
 
     def use_dino(self, part: str, name: str) -> None:
         dino = DINO(name, self.device)
@@ -259,7 +265,8 @@ class Scorers:
             raise checkpoint.BadInput("it needs ViCLIP's published weights: --viclip ViClip-InternVid-10M-FLT.pth")
         from viclip import load_viclip
 
-        network = load_viclip(weights).to(self.device)
+        beside = (weights.parent / "vocab.json").exists()  # CLIP's tokenizer, where the hub cannot be asked
+        network = load_viclip(weights, *([weights.parent] if beside else [])).to(self.device)
         self.of["viclip"] = network.overall_consistency
 
     def __call__(self, frames: np.ndarray, fps: float, text: str, subject: Image.Image | None) -> tuple[dict[str, float], dict[str, str]]:

@@ -110,6 +110,9 @@ def source(run: Run, args: argparse.Namespace) -> None:
         segment = GroundedSAM(checkpoint.resolve(args.model), run.ranks.device) if args.segment else None
         for sample in todo:
             try:
+                if sample.get("why"):  # the table's row is of no use
+                    yield {**sample, "kept": False}
+                    continue
                 if sample["image"] is None:
                     image = media.on_white(Image.fromarray(world.portrait(world.sample_subject((args.seed, 31, int(sample["id"]))))))
                 else:
@@ -129,7 +132,8 @@ def source(run: Run, args: argparse.Namespace) -> None:
 
 
 def source_rows(table: Path) -> list[dict]:
-    """image, label and kind of each row of a CSV or JSONL file; paths are relative to it."""
+    """image, label and kind of each row of a CSV or JSONL file; paths are relative to it. A row that lacks one says "why" it is of no
+    use; there must be others."""
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file)) if table.suffix == ".csv" else [json.loads(line) for line in file if line.strip()]
@@ -139,12 +143,14 @@ def source_rows(table: Path) -> list[dict]:
         raise BadInput(f"--source {table} is empty.")
     kinds, samples = {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}, []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.get("image") or not row.get("label"):
-            raise BadInput(f"Row {number} of --source {table} lacks an image or a label: both columns must be filled.")
-        kind = row.get("kind") or kinds.get(row["label"], "active object")
-        if kind not in CLASSES:
-            raise BadInput(f"Row {number} of --source {table} is of kind {kind!r}; known are {', '.join(CLASSES)}.")
-        samples.append({"image": str(table.parent / row["image"]), "label": row["label"], "kind": kind})
+        image, label, kind = (row.get(name) if isinstance(row, dict) else None for name in ("image", "label", "kind"))
+        whole = all(isinstance(value, str) and value for value in (image, label))
+        kind = kind or (kinds.get(label, "active object") if whole else "active object")
+        why = {} if whole and kind in CLASSES else {"why": f"unusable row: {number} lacks an image or a label" if not whole else
+                                                    f"unusable row: {number} is of kind {kind!r}, known are {', '.join(CLASSES)}"}
+        samples.append({"image": str((table.parent / image).resolve()) if whole else "", "label": label if whole else "", "kind": kind} | why)
+    if all("why" in sample for sample in samples):
+        raise BadInput(f"--source {table} has no row that can be used ({samples[0]['why']}): it needs the columns image and label.")
     return samples
 
 
@@ -198,10 +204,7 @@ def compose(templates: dict, label: str, kind: str, seed) -> dict:
 
 def rewriter(name: str, device: torch.device) -> Callable[[str, str], str]:
     """A language model of transformers that enriches a text; where it loses the subject, the text stays as it was."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = checkpoint.resolve(name)
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    tokenizer, model = language_model(name, "AutoTokenizer"), language_model(name, "AutoModelForCausalLM").eval().to(device)
 
     @torch.no_grad()
     def rewrite(text: str, label: str) -> str:
@@ -216,6 +219,18 @@ def rewriter(name: str, device: torch.device) -> Callable[[str, str], str]:
         return line if label.lower() in line.lower() else text
 
     return rewrite
+
+
+def language_model(name: str, part: str):
+    """The language model, or its AutoTokenizer or AutoConfig."""
+    import transformers
+
+    try:
+        return getattr(transformers, part).from_pretrained(checkpoint.resolve(name))
+    except BadInput:
+        raise
+    except Exception as error:  # a config, a file or a class that does not fit: each has its own way to be displeased
+        raise BadInput(f"--llm {name} is no language model of transformers ({part}): {' '.join(str(error).split())}") from error
 
 
 def customize(run: Run, args: argparse.Namespace) -> None:
@@ -235,8 +250,8 @@ def customize(run: Run, args: argparse.Namespace) -> None:
                 picture = Image.fromarray(media.video_to_frames(video)[0])
                 yield {**sample, "customized": save_picture(run, "customize", sample["id"], picture)}
 
-    made_by = {"model": args.model, "adapter": args.adapter, "steps": args.steps, "guidance": settings.guidance, "side": side,
-               "seed": args.seed, "weights": weights_of(args.model, *SAMPLED_BY), "adapter's weights": checkpoint.fingerprint(sampler.adapter_file)}
+    made_by = {"model": args.model, "adapter": args.adapter, "settings": str(settings), "seed": args.seed,
+               "weights": weights_of(args.model, *SAMPLED_BY), "adapter's weights": checkpoint.fingerprint(sampler.adapter_file)}
     run.stage("customize", run.samples("prompt"), made_by, work, lambda sample: [Path(sample["image"]), Path(sample["customized"])], {})
 
 
@@ -307,7 +322,7 @@ def animate(run: Run, args: argparse.Namespace) -> None:
                 media.save_video(media.video_to_frames(video), request.out, settings.fps, {"text": sample["text"]})
                 yield {**sample, "video": str(request.out.relative_to(run.out))}
 
-    made_by = {"i2v": args.i2v, "weights": weights_of(args.i2v, *SAMPLED_BY), "steps": args.steps, "seed": args.seed}
+    made_by = {"i2v": args.i2v, "weights": weights_of(args.i2v, *SAMPLED_BY), "settings": str(settings), "seed": args.seed}
     run.stage("animate", run.samples("fit"), made_by, work,
               lambda sample: [Path(sample["image"]), Path(sample["video"])], {})
 
@@ -374,6 +389,8 @@ def check(args: argparse.Namespace, device: str) -> None:
     """All that the later stages need, looked at before the first one works."""
     if "prompt" in args.stages:
         templates_of(args)
+        for part in ("AutoConfig", "AutoTokenizer") if args.llm else ():
+            language_model(args.llm, part)
     if "source" in args.stages and args.source is not None:
         source_rows(args.source)
     if "customize" in args.stages:

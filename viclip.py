@@ -201,8 +201,8 @@ def load_tokenizer(where: str | Path, vocabulary: int):
         start, *_, end = tokenizer("a video")["input_ids"]
     except Exception as error:  # no such folder, no network, other files: each has its class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{where} gave no CLIP tokenizer ({reason}); give a folder with the vocab.json and merges.txt "
-                       f"of {TOKENIZER}, or that name where there is a network.") from error
+        raise BadInput(f"{where} gave no CLIP tokenizer ({reason}); put the vocab.json and merges.txt of {TOKENIZER} beside the "
+                       f"weights, or try again where there is a network.") from error
     if (start, end, len(tokenizer)) != (vocabulary - 2, vocabulary - 1, vocabulary):
         raise BadInput(f"The tokenizer {where} is not CLIP's, which ViCLIP was trained with: it has {len(tokenizer)} tokens "
                        f"instead of {vocabulary}. Use that of {TOKENIZER}.")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,7 @@ def truth(folder: Path, count: int, looks, seed: int, render) -> Path:
     """A folder as generate leaves it, with videos that render(example) makes."""
     args = evaluate.parse(["generate", "--out", str(folder), "--count", str(count), "--seed", str(seed), *(["--looks"] if looks else [])])
     rows = evaluate.rows_of(args)
+    evaluate.save_portraits(folder, rows)
     (folder / "videos.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for i, row in enumerate(rows):
         example = ToyTest(seed, tuple(world.LOOKS) if looks else ("plain",))[i]
@@ -269,7 +272,8 @@ def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
     assert evaluate.main(["score", str(out), "--own", str(base)]) == 0
     names = [line["name"] for line in map(json.loads, (out / "scores.jsonl").read_text().splitlines())]
     assert json.loads((out / "prompts.json").read_text()).keys() == {f"{name}.mp4" for name in names}
-    assert (out / "table.md").read_text().count("\n") == 4
+    said = (out / "table.md").read_text()
+    assert said.count("\n| ") == 2 and f"- CLIP-T: by {base}'s own" in said and "- Dynamic degree: by classical" in said
     for i, name in enumerate(names):  # the model has seen what it is trained on and validated by, not a part of it, nor larger
         assert np.array_equal(Image.open(out / "seen" / f"{name}-reference.png"), ToyTest(1)[i].image)
     said = json.loads((out / "list.jsonl").read_text().splitlines()[0])
@@ -280,6 +284,51 @@ def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
     assert "were made with adapter = " in capsys.readouterr().err
     assert evaluate.main(["sheet", str(out), str(out), "--count", "2", "--frames", "3"]) == 0
     assert Image.open(out / "sheet.png").height > 150 and Image.open(out / "sheet.gif").n_frames > 1
+    for name in names:  # a method whose videos are larger
+        media.save_video(np.zeros((9, 96, 128, 3), np.uint8), tmp_path / "large" / "videos" / f"{name}.mp4", 8, {})
+    assert evaluate.main(["sheet", str(out), str(tmp_path / "large"), "--count", "2"]) == 0
+    assert evaluate.main(["sheet", str(out), "--count", "0"]) == 2
+
+
+def test_a_first_attempt_that_made_nothing_binds_nobody(base, tmp_path, capsys):
+    more = ["generate", "--out", str(tmp_path / "run"), "--count", "1", "--no-image", "--", "--model", str(base), "--device", "cpu", "--steps"]
+    assert evaluate.main(["generate", "--set", "switch", *more[1:], "2"]) == 2  # no --dreambench
+    with pytest.raises(SystemExit):
+        evaluate.main([*more, "0"])
+    assert evaluate.main([*more, "1"]) == 0 and evaluate.main([*more, "2"]) == 2
+    assert "were made with steps = 1, and now it is 2" in capsys.readouterr().err
+
+
+def test_a_table_is_of_one_set(base, tmp_path, capsys):
+    folders = []
+    for name in ("sugar", "switch"):
+        folder = truth(tmp_path / name, 1, False, 1, lambda example: example.video)
+        (folder / "settings.json").write_text(json.dumps({"set": name}))
+        folders.append(str(folder))
+    assert evaluate.main(["score", *folders]) == 2 and "sugar is of sugar" in capsys.readouterr().err
+    assert evaluate.main(["score", folders[0], "--set", "toy", "--own", str(base)]) == 2
+    assert evaluate.set_of([Path(folders[1])], None) == "switch"
+
+
+def test_half_a_line_is_scored_again(base, tmp_path):
+    folder = truth(tmp_path / "run", 2, False, 1, lambda example: example.video)
+    assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
+    whole, lines = (folder / "scores.json").read_text(), (folder / "scores.jsonl").read_text().splitlines()
+    (folder / "scores.jsonl").write_text(f'{lines[0]}\n{lines[1][:40]}')
+    assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
+    assert (folder / "scores.json").read_text() == whole
+
+
+def test_two_ranks_score_as_one(base, tmp_path):
+    folder = truth(tmp_path / "run", 3, False, 1, lambda example: example.video)
+    found = []
+    for ranks in (1, 2):
+        (folder / "scores.jsonl").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        subprocess.run([*command, str(Path(evaluate.__file__)), "score", str(folder), "--own", str(base), "--device", "cpu"], check=True)
+        found.append(json.loads((folder / "scores.json").read_text()))
+        assert len((folder / "scores.jsonl").read_text().splitlines()) == 3
+    assert found[0] == found[1]
 
 
 def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
@@ -293,6 +342,12 @@ def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
     missing = Scorers(raft=Path("no.pth")).missing
     assert "no.pth" in missing["dynamic"]
     assert found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == ({"dynamic": 0}, {})
+
+
+def test_what_is_not_its_own_is_not_measured_by_another_name(base, tmp_path):
+    for own in (tmp_path / "typo", tmp_path):
+        missing = Scorers(own=own).missing
+        assert {"dino_i", "clip_i", "clip_t", "subject", "background"} < missing.keys() and str(own) in missing["dino_i"]
 
 
 def test_bad_input(base, tmp_path, capsys):

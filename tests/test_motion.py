@@ -35,19 +35,25 @@ def test_flow_is_taken_from_the_first_frame():
     assert seen == [(0, i) for i in range(1, 5)] and lengths.shape == (4, 4, 5) and (lengths == 5).all()
 
 
-def test_the_protocol_from_videos_to_distances(tmp_path, capsys):
+def test_the_protocol_from_videos_to_distances(tmp_path, capsys, monkeypatch):
     toy_networks.init(tmp_path / "toy")
+    motions = ["still", "left", "right", "still", "up", "down"]
+
+    def masked(rng, split):
+        scene = world.sample_scene(rng, split, motion=motions[drawn.append(0) or len(drawn) - 1])
+        return {"video": world.render(scene), "masks": world.masks(scene), "text": world.caption(scene, rng)}
+
+    drawn = []
+    monkeypatch.setattr(world, "sample_masked", masked)
     command = ["motion", "--out", str(tmp_path / "run"), "--own", str(tmp_path / "toy"), "--count", "6", "--device", "cpu", "--",
                "--model", str(tmp_path / "toy"), "--adapter", str(tmp_path / "toy" / "switch"), "--steps", "1", "--device", "cpu"]
     assert evaluate.main(command) == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "classes.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 and all(row["background"] < 10 for row in rows)
-    for row, i in zip(rows, range(6)):  # what stands still is told from what moves
-        scene = world.sample_masked(np.random.default_rng((0, 41, i)), "test")["scene"]
-        if scene.motion == "still" and row["kept"]:
-            assert row["class"] == "small" and row["subject"] < 1
-        if scene.motion in ("left", "right"):
-            assert row["subject"] > 2
+    assert len(rows) == 6
+    for row, scene in zip(rows, motions):  # what stands still is told from what moves
+        assert row["subject"] < 0.3 if scene == "still" else row["subject"] > 2 * row["background"] and row["subject"] > 2, (scene, row)
+        assert row["kept"] or row["background"] > 10 * 64 / 480
+    assert [row["class"] for row in rows if row["subject"] < 0.3] == ["small"] * 2
     found = json.loads((tmp_path / "run" / "motion.json").read_text())
     assert "own DINO" in found["by"] and sum(of["videos"] for of in found["classes"].values()) == sum(row["kept"] for row in rows)
     assert all(of["distance"] > 0 for of in found["classes"].values()) and "| Switch (the paper, FVD) | 512.30" in capsys.readouterr().out

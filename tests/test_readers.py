@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import readers
 from checkpoint import BadInput
 from data import Broken, Unfit
-from media import Clip, TooLittle, probe, read_video
+from media import Clip, TooLittle, probe, read_video, save_video
 from readers import DreamBench, SubjectVideos, Triplets, Videos
 
 CLIP = Clip(frames=9, height=48, width=64, fps=8)
@@ -93,6 +93,36 @@ def test_sizes_are_those_that_are_shown(videos, tmp_path):
     ffmpeg("-display_rotation", 90, "-i", videos / "plain.mp4", "-c", "copy", tmp_path / "turned.mp4")
     assert probe(tmp_path / "turned.mp4")[1:3] == (64, 96)
     assert readers.decode(tmp_path / "turned.mp4", Clip(9, 96, 64), np.random.default_rng(0)).shape == (9, 96, 64, 3)
+
+
+def test_what_a_comment_says_is_not_taken_for_the_video(tmp_path):
+    said = "a dog at 60 fps, a rotation of 90 degrees\n  Duration: 01:00:00.00\n  displaymatrix: rotation of 90.00 degrees"
+    save_video(np.zeros((9, 64, 96, 3), np.uint8), tmp_path / "a.mp4", 8, {"prompt": said})
+    assert probe(tmp_path / "a.mp4")[1:] == (96, 64, 8) and abs(probe(tmp_path / "a.mp4").seconds - 9 / 8) < 0.02
+
+
+@pytest.mark.parametrize("frames", [9, 17, 49])
+def test_a_video_as_long_as_the_clip_is_read_whole(frames, tmp_path, seed):
+    """As synthesize.py's are: no frame is lost, the first least of all."""
+    shades = np.linspace(20, 230, frames).astype(np.uint8)
+    save_video(np.broadcast_to(shades[:, None, None, None], (frames, 64, 64, 3)), tmp_path / "a.mp4", 8, {})
+    seen = readers.decode(tmp_path / "a.mp4", Clip(frames, 64, 64, 8), np.random.default_rng(seed))
+    assert np.abs(seen.mean(axis=(1, 2, 3)) - shades).max() < 4
+
+
+def test_damaged_videos_are_not_read(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    save_video(rng.integers(0, 256, (27, 64, 96, 3), dtype=np.uint8), tmp_path / "whole.mp4", 8, {})
+    content, file = bytearray((tmp_path / "whole.mp4").read_bytes()), tmp_path / "damaged.mp4"
+    middle, length = len(content) // 2, len(content) // 5
+    content[middle : middle + length] = bytes(length)
+    file.write_bytes(content)
+    ffmpeg("-i", tmp_path / "whole.mp4", "-c", "copy", "-movflags", "faststart", tmp_path / "start.mp4")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "start.mp4").read_bytes()[: int(0.6 * len(content))])
+    assert read_video(tmp_path / "whole.mp4").shape == read_video(tmp_path / "start.mp4").shape == (27, 64, 96, 3)
+    for name in ("damaged.mp4", "cut.mp4"):
+        with pytest.raises(BadInput, match="cannot be read"):
+            read_video(tmp_path / name)
 
 
 def test_pixels_that_are_not_square_are_shown_as_they_are_meant(tmp_path):

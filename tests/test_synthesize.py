@@ -154,6 +154,13 @@ def test_a_table_of_pictures_and_a_broken_one_among_them(base, tmp_path, capfd):
     assert dog["image_text"] != dog["text"] and " a axe" not in f' {axe["text"]}'
 
 
+def test_rows_that_are_of_no_use_are_dropped(base, tmp_path, capfd):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "dog.png")
+    (tmp_path / "source.jsonl").write_text('{"image": "dog.png", "label": "dog"}\n{"image": 3, "label": "dog"}\n{"image": "dog.png"}\n')
+    status = synthesize.main(arguments(base, tmp_path / "run", f"--stages source --source {tmp_path / 'source.jsonl'} --count 9"))
+    assert status == 0 and "source: kept 1, dropped 2 (2 unusable row)" in capfd.readouterr().out
+
+
 def test_subjects_that_are_not_found_have_a_reason_of_their_own(base, tmp_path, monkeypatch, capfd):
     found = lambda image, label: Image.new("L", image.size, 255) if label == "dog" else None
     monkeypatch.setattr(synthesize, "GroundedSAM", lambda *_: found)
@@ -260,7 +267,7 @@ def test_bad_input(more, phrase, base, tmp_path, capfd):
     assert not list((tmp_path / "run").glob("*.jsonl")), "found before any stage has worked"
 
 
-@pytest.mark.parametrize("row,phrase", [("dog.png,,", "Row 1 of"), (",dog,", "Row 1 of"), ("dog.png,car,vehicle", "of kind 'vehicle'")])
+@pytest.mark.parametrize("row,phrase", [("dog.png,,", "row: 1 lacks"), (",dog,", "row: 1 lacks"), ("dog.png,car,vehicle", "of kind 'vehicle'")])
 def test_rows_that_lack_something_are_named(row, phrase, base, tmp_path, capfd):
     (tmp_path / "source.csv").write_text(f"image,label,kind\n{row}\n")
     assert synthesize.main(arguments(base, tmp_path / "run", f"--source {tmp_path / 'source.csv'}")) == 2
