@@ -69,6 +69,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None
         return dense(q, k, v, None if keep is None else keep[:, None, None])
     out = []
     for queries, keys in blocks:
+        if not keys:  # whom they may attend to is not there, as the frames behind the first in a picture
+            out.append(torch.zeros_like(q[:, :, queries]))
+            continue
         seen_k, seen_v = ([x[:, :, key] for key in keys] for x in (k, v))
         joined = [x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (seen_k, seen_v)]
         out.append(dense(q[:, :, queries], *joined))

@@ -69,10 +69,11 @@ class Layout(NamedTuple):
     device: torch.device
 
     def fresh(self) -> Tensor:
-        """Random numbers that lie so; zeros where they are whole numbers, which kernels use as seeds."""
+        """Random numbers that lie so, of mean 0 as those of the runs, and small, as some are added up; zeros where they are whole
+        numbers, which kernels use as seeds."""
         size = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride)) if 0 not in self.shape else 0
-        made = torch.rand if self.dtype.is_floating_point else torch.zeros
-        return made(size, dtype=self.dtype, device=self.device).as_strided(self.shape, self.stride)
+        made = torch.zeros(size, dtype=self.dtype, device=self.device)
+        return (made.normal_(std=0.02) if self.dtype.is_floating_point else made).as_strided(self.shape, self.stride)
 
 
 class Products(TorchDispatchMode):
@@ -131,11 +132,12 @@ def machine(args: argparse.Namespace) -> dict[str, float]:
 
 
 def peak(row: str, side: str, args: argparse.Namespace) -> int | None:
-    """The most memory that one side takes for its weights and one run, in a process of its own; None where there is not enough."""
+    """The most memory that one side takes for its weights and a run, in a process of its own; None where there is not enough."""
     command = [sys.executable, __file__, row, "--child", side, *args.flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        print(f"the memory of {side} cannot be measured:\n{done.stderr[-2000:]}")
+        return None
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
@@ -145,7 +147,10 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
     sides, before = ROWS[row](args), host_bytes()
     try:
         run = sides[side]()
+        run()  # compiles, and makes what the runs after it find: an optimizer's state
         if args.cuda:
+            torch.cuda.synchronize(args.device)
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(args.device)
         else:
             Path("/proc/self/clear_refs").write_text("5")  # Linux forgets its peak
@@ -157,8 +162,12 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
 
 def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str, list[float]]]:
     """What each side of a row computes, and the times of sides and floors, turn by turn. Every other turn begins with the last side.
-    A side that runs out of memory is left out from there on, and None, with what is counted by it."""
+    A side that fails or runs out of memory is left out from there on, and None, with what is counted by it."""
     runs, counts, times = {}, {}, {}
+
+    def failed(side: str, error: Exception) -> None:
+        if not isinstance(error, torch.OutOfMemoryError):
+            print(f"{side} failed: {type(error).__name__}: {str(error).strip()[:500]}")
 
     def leave_out(lost: str) -> None:
         for side in {lost, *(side for side in runs if side.removesuffix(FLEX) == lost)}:
@@ -175,14 +184,16 @@ def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | Non
                 counts[side] = counts[plain]
             if counts[side] is None:
                 leave_out(side)
-        except torch.OutOfMemoryError:
+        except Exception as error:  # the other rows go on
+            failed(side, error)
             leave_out(side)
     for turn in tqdm(range(args.runs + 1), f"{row}: {len(counts)} sides", leave=False):
         for side in list(runs)[:: 1 if turn % 2 else -1]:
             try:
                 for name, run in runs.get(side, {}).items():
                     times.setdefault(name, []).append(seconds(run, args))
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                failed(side, error)
                 leave_out(side)
     return counts, times
 
@@ -211,7 +222,7 @@ def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:
         most, theirs = entry["peak"], table[reference]["peak"]
         memory = [f"{most / 1e9:.2f} GB" if most else "not enough", f"{most / theirs:.2f}" if most and theirs else ""]
         if counts[side] is None:
-            line(side, "out of memory", *[""] * 4, *memory, "", "")
+            line(side, "failed, or out of memory", *[""] * 4, *memory, "", "")
             continue
         flop, moved, rate = entry["flop"], entry["bytes"], entry["flop"] / entry["seconds"]
         line(side, f"{entry['seconds']:.3f}", f"{entry['ratio']:.2f}" if entry["ratio"] else "", f"{entry['over_floor']:+.0%}",
@@ -253,12 +264,12 @@ def keep(row: str, size: str, result: dict, args: argparse.Namespace, file: Path
     file.write_text(json.dumps([*others, {**key, "torch": torch.__version__, "flags": args.flags, **result}], indent=2) + "\n")
 
 
-def rows(args: argparse.Namespace) -> None:
+def rows(args: argparse.Namespace, what: list[str]) -> None:
     best = machine(args)
     print(f"{name_of_machine(args)}, {args.dtype}{', compiled' if args.compile else ''}, medians of {args.runs} runs; "
           f"a matrix product {best['flops'] / 1e12:.2f} TFLOP/s, a copy {best['bytes'] / 1e9:.0f} GB/s"
           + (f", from host memory {best['from_host'] / 1e9:.0f} GB/s" if args.cuda else ""))
-    for row in args.what:
+    for row in what:
         if row == "low-memory" and not args.cuda:
             print("\nlow-memory: needs a GPU; a CPU has no other memory to stream from.")
             continue
@@ -289,19 +300,22 @@ def main() -> None:
     parser.add_argument("--child", metavar="SIDE", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.what = list(ROWS) if args.what in ("all", ["all"]) else args.what
-    if len(args.what) > 1 and {"all", "load", "data"} & {*args.what}:
-        parser.error("all, load and data stand alone.")
+    args.what = [*ROWS, "load"] if args.what in ("all", ["all"]) else args.what
+    if len(args.what) > 1 and {"all", "data"} & {*args.what}:
+        parser.error("all and data stand alone.")
     args.flags = sys.argv[next((i for i, flag in enumerate(sys.argv) if flag.startswith("-")), len(sys.argv)) :]
     args.dtype, args.cuda, row = DTYPES[args.dtype], args.device.startswith("cuda"), args.what[0]
     args.recompute = args.recompute or ("all" if args.cuda else "none")
     if args.child:
         once = load_once(args.child, args.folder, args.dtype) if row == "load" else child(row, args.child, sized(row, args))
         print(json.dumps(once))
-    elif row in ("load", "data"):
-        keep(row, args.model if row == "load" else f"{args.samples} samples", {"load": load, "data": data}[row](args), args)
+    elif row == "data":
+        keep(row, f"{args.samples} samples", data(args), args)
     else:
-        rows(args)
+        if args.what != ["load"]:
+            rows(args, [row for row in args.what if row != "load"])
+        if "load" in args.what:
+            keep("load", args.model, load(args), args)
     distributed.leave(0)
 
 

@@ -40,8 +40,8 @@ def filled(network: nn.Module, args: argparse.Namespace, place: str | None = Non
     return network
 
 
-def noise(args: argparse.Namespace, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device, dtype or args.dtype)
+def noise(args: argparse.Namespace, *shape: int, dtype: torch.dtype | None = None, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(args.device, dtype or args.dtype)
 
 
 def latents(args: argparse.Namespace) -> tuple[int, int, int]:
@@ -135,16 +135,17 @@ def loop(args: argparse.Namespace, sugar: bool) -> dict[str, Callable[[], Run]]:
     (b) and 3 branches. diffusers knows neither: there the reference is a frame more, and the image's tokens are tokens of text to
     which everything attends. Fused: the adapter merged into the weights by fuse_lora(), and fuse_qkv_projections()."""
     T, h, w = latents(args)
-    x, text, null = noise(args, 1, T, 16, h, w, dtype=torch.float32), noise(args, 1, 226, 4096), noise(args, 1, 226, 4096)
+    x, text = noise(args, 1, T, 16, h, w, dtype=torch.float32), noise(args, 1, 226, 4096)
+    null = noise(args, 1, 226, 4096, seed=1)
 
     def ours() -> Run:
         model = our_transformer(args, **(SUGAR if sugar else {}))
         given = Conditions(text, null)
         if sugar:
-            given.dino = given.clip = noise(args, 1, 257, 1024)
+            given.dino, given.clip = (noise(args, 1, 257, 1024, seed=seed) for seed in (2, 3))
         else:
             given.reference = noise(args, 1, 16, h, w)
-            train_switch.prepare(model, Adapter()).to(args.dtype).eval().requires_grad_(False)
+            train_switch.prepare(model, Adapter()).to(args.dtype).eval().requires_grad_(False).merge_adapter()
         settings = Settings(args.frames, args.height, args.width, 8, "ddim", steps=args.steps)
         alpha_bar = alpha_bar_schedule(SCHEDULE)
         return lambda: sample_latents(model, given, alpha_bar, settings, x, lambda: None)
@@ -211,7 +212,7 @@ def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
     """A training step of Switch: forward and backward pass of one video with its reference, and AdamW on a LoRA of rank 128.
     diffusers + PEFT have the reference as a frame more."""
     T, h, w = latents(args)
-    x, eps, text, t = (noise(args, 1, T, 16, h, w), noise(args, 1, T, 16, h, w), noise(args, 1, 226, 4096),
+    x, eps, text, t = (noise(args, 1, T, 16, h, w), noise(args, 1, T, 16, h, w, seed=1), noise(args, 1, 226, 4096),
                        torch.tensor([500], device=args.device))
     reference, alpha_bar = noise(args, 1, 16, h, w), alpha_bar_schedule(SCHEDULE).to(args.device)
 
@@ -270,7 +271,7 @@ def attention_row(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
     GPU, as FlexAttention, beside attention without a mask."""
     lengths = group_lengths(args)
     L = sum(lengths)
-    q, k, v = (noise(args, 1, L, 48, 64).transpose(1, 2) for _ in range(3))
+    q, k, v = (noise(args, 1, L, 48, 64, seed=seed).transpose(1, 2) for seed in range(3))
     sides = {"unmasked": lambda: lambda: F.scaled_dot_product_attention(q, k, v)}
 
     def masked(design: str) -> Run:

@@ -89,6 +89,8 @@ def find_device(name: str | None) -> torch.device:
     try:
         where = torch.device(kind, int(os.environ.get("LOCAL_RANK", index or 0))) if kind == "cuda" else torch.device(name or kind)
         torch.empty(0, device=where)
+        if kind == "cuda":  # for what asks for no device, such as pinning memory: else every rank would be on the first GPU too
+            torch.cuda.set_device(where)
     except (RuntimeError, AssertionError, ValueError) as error:
         on = f"--device {name}" if name else f"GPU {os.environ.get('LOCAL_RANK', 0)}, for the rank of that number,"
         raise BadInput(f"{on} cannot be used here: {str(error).splitlines()[0]}") from error
@@ -108,8 +110,6 @@ def start(device: str | None = None, sequence: int = 1) -> Ranks:
         store = unused_part(*next(dist.rendezvous("env://"))) if "RANK" in os.environ else dist.HashStore()
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world)
-    if kind == "cuda":
-        torch.cuda.set_device(where)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return Ranks(rank, world, where, init_device_mesh(kind, (world,)), patient, sequence)
 

@@ -136,15 +136,15 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Folds every LoRA into its layer's weight and removes it. Only right where all tokens pass it."""
-    for layer in model.modules():
-        if isinstance(layer, LoRA):
-            A, B = layer.lora_A.weight.float(), layer.lora_B.weight.float()
-            delta = (B.flatten(1) @ A.flatten(1)).view_as(layer.weight)  # also for a convolution, as its B is 1x1
-            layer.weight += (layer.lora_scale * delta).to(layer.weight.dtype)
-            del layer.lora_A, layer.lora_B, layer.lora_dropout
-            layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+def merge(layer: nn.Module) -> None:
+    """Folds the layer's LoRA, where it has one, into its weight, by way of float32, and removes it. Only right where all tokens pass
+    it."""
+    if isinstance(layer, LoRA):
+        A, B = layer.lora_A.weight.float(), layer.lora_B.weight.float()
+        delta = (B.flatten(1) @ A.flatten(1)).view_as(layer.weight)  # also for a convolution, as its B is 1x1
+        layer.weight.copy_(layer.weight.float() + layer.lora_scale * delta)
+        del layer.lora_A, layer.lora_B, layer.lora_dropout
+        layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import checkpoint
 from attention import apply_rotary, apply_rotary_, attention, in_place, rotary_3d, selective_blocks
 from checkpoint import BadInput
-from lora import Adapter, load_adapter, on_tokens, without_lora
+from lora import Adapter, load_adapter, merge, on_tokens, without_lora
 
 Lengths = tuple[int, int, int]  # tokens of the text (with DINO and CLIP before it), of the reference, and of the video
 SUGAR_PARTS = ("dino_proj.", "clip_proj.", "null_dino", "null_clip")  # what SUGAR adds to a CogVideoX checkpoint
@@ -116,7 +116,7 @@ class PatchEmbed(nn.Module):
             return None
         if not config.use_learned_positional_embeddings:
             return sincos_3d(*patch_grid(config, frames, height, width), config.dim, config.spatial_interpolation_scale,
-                             config.temporal_interpolation_scale).to(like)[None]
+                             config.temporal_interpolation_scale, str(like.device), like.dtype)[None]
         wanted = ((config.sample_frames - 1) // config.temporal_compression_ratio + 1, config.sample_height,
                   config.sample_width)
         if (frames, height, width) != wanted:
@@ -361,6 +361,14 @@ class Transformer(nn.Module):
         self.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
         return adapter
 
+    def merge_adapter(self) -> None:
+        """Folds the adapter into the layers that it acts on for all tokens, which then cost what they cost without it. The others, such
+        as the norms', keep it beside them."""
+        for module in list(self.modules()):
+            if (module.norm_lora if isinstance(module, AdaLayerNormZero) else self.lora_tokens) == "all":
+                for layer in module.children():
+                    merge(layer)
+
     def set_lora_tokens(self, norm_lora: str, lora_tokens: str) -> None:
         """Who passes the adapted norms, and who the other adapted layers: "all" or "reference" tokens."""
         self.lora_tokens = lora_tokens
@@ -383,7 +391,8 @@ def rotary_on(frames: int, height: int, width: int, dim: int, base: tuple[int, i
 
 
 @lru_cache(maxsize=8)
-def sincos_3d(frames: int, height: int, width: int, dim: int, spatial_scale: float, temporal_scale: float) -> Tensor:
+def sincos_3d(frames: int, height: int, width: int, dim: int, spatial_scale: float, temporal_scale: float, device: str = "cpu",
+              dtype: torch.dtype = torch.float32) -> Tensor:
     """The 2b's positions, [frames * height * width, dim]: a quarter for time, then three eighths each for width, height."""
     axes = []
     for length, part, scale in ((frames, dim // 4, temporal_scale), (width, dim // 8 * 3, spatial_scale),
@@ -394,7 +403,7 @@ def sincos_3d(frames: int, height: int, width: int, dim: int, spatial_scale: flo
     t, w, h = axes
     grid = (frames, height, width)
     return torch.cat([t[:, None, None].expand(*grid, -1), w[None, None].expand(*grid, -1),
-                      h[None, :, None].expand(*grid, -1)], dim=-1).flatten(0, 2).float()
+                      h[None, :, None].expand(*grid, -1)], dim=-1).flatten(0, 2).to(device, dtype)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

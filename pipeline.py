@@ -200,6 +200,12 @@ class Sampler:
                         width=1360 if new else config.sample_width * 8, fps=16 if new else 8, scheduler=schedulers[name],
                         **read_scales(self.scheduler))
 
+    def branches(self, settings: Settings, with_image: bool) -> int:
+        """How many predictions guidance asks for at each step, all conditions being given: see sugar_guidance, text_guidance."""
+        if self.kind == "sugar" and with_image:
+            return 3
+        return 1 if (settings.omega_text if self.kind == "sugar" else settings.guidance) == 1 else 2
+
     @contextmanager
     def on_device(self, network: torch.nn.Module, again: bool = True, stay: bool = False):
         """The network on the device, for as long as the block lasts: others find its memory free again, unless it may `stay`.
@@ -289,6 +295,7 @@ class Sampler:
         transformer = load_transformer(checkpoint.need(self.folder, "transformer"), "cpu", self.dtype).eval()
         if self.adapter_file is not None:
             transformer.use_adapter(self.adapter_file)
+            transformer.merge_adapter()
         transformer.requires_grad_(False)
         if self.compiled:
             compile_blocks(list(transformer.transformer_blocks))

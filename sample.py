@@ -254,10 +254,12 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
         distributed.check_compiler(device)
     sampler = Sampler(args.model, args.adapter, device, args.dtype)
     sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
-    branches, together = 3 if sampler.kind == "sugar" else 2, world > 1 and args.prompts is None
-    if together:
-        distributed.video_groups(world, branches, sampler.config.num_attention_heads)
     settings = read_settings(args, sampler)
+    together, branches = world > 1 and args.prompts is None, sampler.branches(settings, with_image=requests[0].image is not None)
+    if together:
+        groups, within = distributed.video_groups(world, branches, sampler.config.num_attention_heads)
+        if rank == 0:
+            print(f"{world} ranks: {groups} for the {branches} branches of guidance, each with {within} for the sequence")
     prepare_images(requests, sampler, settings, args.fit)
     if together:
         ranks = distributed.start(device)

@@ -158,8 +158,12 @@ def run(args: argparse.Namespace) -> None:
         samples = zip(*(draw(streams[phase][position], generator(args.seed, phase, position), encoder.vae_config, args)
                         for position in positions))
         x_0, eps, t, text, reference, keep = (torch.stack(part).to(ranks.device) for part in samples)
-        dropped = {} if phase == "image" or keep.all() else {"keep_reference": keep}  # attention without a mask is faster
-        predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), reference=reference.to(dtype), **dropped)
+        given = {"reference": reference.to(dtype)}
+        if phase == "video" and (args.strategy == "video-only" or args.reference_drop == 1):
+            given = {}  # none of them has any, on any rank
+        elif phase == "video" and not keep.all():  # attention without a mask is faster
+            given["keep_reference"] = keep
+        predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), **given)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
     settings = settings_of(args, weights=checkpoint.fingerprint(weights))

@@ -252,14 +252,14 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
             mine = [first + i for i in ranks.share(batch)]
             torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank // ranks.sequence).initial_seed())
             model.train()
-            total = torch.zeros((), dtype=torch.float64)
+            total = torch.zeros((), dtype=torch.float64, device=ranks.device)
             for low in range(0, len(mine), options.micro_batch):
                 part = mine[low : low + options.micro_batch]
                 if hasattr(model, "set_requires_gradient_sync"):  # gradients meet once a step, after the last part
                     model.set_requires_gradient_sync(low + options.micro_batch >= len(mine))
                 loss = loss_of(stream, part) * (len(part) / len(mine))
                 loss.backward()
-                total += loss.detach().double().cpu()
+                total += loss.detach().double()  # on the device, which need not wait for us
             loss = ranks.mean(total)
             for key, p in trained.items():
                 held[key].grad, p.grad = None if p.grad is None else local(p.grad), None
