@@ -211,6 +211,8 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     parts = ("transformer", "vae", "text_encoder", "dino", "clip")
     weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in parts))
     settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights}
+    if getattr(options, "second_steps", None):  # which the first stage does not depend on
+        settings["second_steps"] = options.second_steps
     options.out = args.out / f"{method}-{digest(settings)}-{seed}"
     return options, settings
 
@@ -224,7 +226,7 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
     out, done = options.out, options.out / "done.json"
     two = method == "sugar" and options.strategy != "mix"
     # Trainings that differ in the second stage alone share the first.
-    of_first = {name: value for name, value in settings.items() if name not in ("strategy", "p", "synthetic")}
+    of_first = {name: value for name, value in settings.items() if name not in ("strategy", "p", "synthetic", "second_steps")}
     first = args.out / f"first-{digest(of_first)}-{seed}"
     with locked(out):
         if done.exists():

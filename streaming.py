@@ -1,12 +1,15 @@
 """A network larger than the device: its blocks stay in host memory, each comes to the device for its own forward pass, and the
 next one is on its way meanwhile. The device has room for two of them, which they take in turn."""
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+
+from checkpoint import BadInput
 
 ALIGN = 256  # bytes: where in a block's memory a tensor may begin, as torch's own allocator has it
 
@@ -47,8 +50,8 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
     for tensor, home in zip(sum(tensors, []), sum(homes, [])):
         if tensor.data_ptr() != home.data_ptr():
             tensor.data = home.copy_(tensor.data)  # and the memory where it was is free again
-    if cuda:  # Copies that run beside something else need memory that the system cannot move. pin_memory() would round it up to 2^n.
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+    if cuda and not memory.is_pinned():
+        pin(memory)
     rooms, left, arrived, here = [], [None, None], [None, None], {}  # here: for each block on the device, the room that it is in
 
     def fetch(i: int) -> None:
@@ -92,7 +95,18 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
             tensor.data = home
         if cuda:
             copies.stream.synchronize()
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
+
+
+def pin(memory: Tensor) -> None:
+    """Copies that run beside something else need memory that the system cannot move: it may not, for as long as the tensor is there.
+    pin_memory() would copy it, and round its size up to 2^n."""
+    cudart, address = torch.cuda.cudart(), memory.data_ptr()
+    try:
+        torch.cuda.check_error(cudart.cudaHostRegister(address, memory.nbytes, 0))
+    except torch.cuda.CudaError as error:
+        raise BadInput(f"{memory.nbytes / 1e9:.1f} GB of host memory cannot be pinned for --low-memory ({error}): free as much, or raise "
+                       f"the limit that `ulimit -l` shows.") from error
+    weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
 
 
 def padded(tensor: Tensor) -> int:

@@ -46,6 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--real", type=int, help="real videos to train on (default: all; of the toy's 800)")
     p.add_argument("--triplets", type=int, help="synthetic triplets to train on (default: all; of the toy's 800)")
     add_arguments(p)
+    p.add_argument("--second-steps", type=int, help="steps of the second stage of ts and tsf (default: --steps)")
     for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
         p.add_argument(f"--drop-{name}", type=float, default=probability,
                        help=f"probability that {name} is null, for guidance (default: %(default)s)")
@@ -55,18 +56,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Stage:
-    """One training run: from `start`, with synthetic videos at probability p."""
+    """One training run, with synthetic videos at probability p."""
 
     name: str
     p: float
+    steps: int
     frozen: bool = False  # the first half of the transformer's blocks
 
 
 def stages_of(args: argparse.Namespace) -> list[Stage]:
-    """SUGAR-Mix, -TS and -TSF: each stage takes --steps."""
+    """SUGAR-Mix, -TS and -TSF."""
     if args.strategy == "mix":
-        return [Stage("mix", args.p)]
-    return [Stage("real", 0.0), Stage("mixed", args.p, frozen=args.strategy == "tsf")]
+        return [Stage("mix", args.p, args.steps)]
+    return [Stage("real", 0.0, args.steps), Stage("mixed", args.p, args.second_steps or args.steps, frozen=args.strategy == "tsf")]
 
 
 def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, null: Tensor,
@@ -93,14 +95,16 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
     config, block, clip = model.config, Block(config).bfloat16(), clip_of(args, config)
     frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
-    stages = len(stages_of(args))
-    print(f"{stages} stage{'s' * (stages > 1)} of {args.steps:,} steps; what follows is for the first")
+    steps = [f"{stage.steps:,}" for stage in stages_of(args)]
+    print(f"{len(steps)} stage{'s' * (len(steps) > 1)}, of {' and '.join(steps)} steps; what follows is for the first")
     print_plan(model, block, folder, tokens, args.batch, args.steps * args.batch, args, world)
 
 
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
-    check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets"))
+    check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets", "second_steps"))
+    if args.second_steps is not None and args.strategy == "mix":
+        raise BadInput("--second-steps: --strategy mix has one stage.")
     ranks.share(args.batch)
     folder = checkpoint.resolve(args.model)
     config = read_config(checkpoint.need(folder, "transformer"))
@@ -134,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")
     for stage in stages_of(args):
-        out, settings = args.out / stage.name, settings_of(args, stage=stage.name, weights=checkpoint.fingerprint(weights))
+        out, about = args.out / stage.name, dict(stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights))
+        settings = settings_of(args, **about)
         if (out / "transformer").is_dir():  # it has come to its end before
             if (out / "settings.json").exists():  # else another run has handed it on
                 check_settings(checkpoint.read_json(out / "settings.json"), settings, out)
@@ -175,7 +180,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
     validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count)
-    if not train(model, options_of(args, out=out), ranks, plan, loss_of, validation, settings):
+    if not train(model, options_of(args, out=out, steps=stage.steps), ranks, plan, loss_of, validation, settings):
         return False
     frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
     tensors = distributed.full_state_dict(model, lambda key: key not in frozen)

@@ -95,7 +95,7 @@ def settings_of(args: argparse.Namespace, **more) -> dict:
     """What makes a run what it is: the flags without those that change neither weights nor metrics (but for rounding, and for a
     LoRA's dropout, of which each micro-batch of each rank has its own)."""
     free = {"out", "model", "device", "micro_batch", "save_every", "keep", "validate_every", "validate_count", "restart", "max_skipped",
-            "validate_on", "broken", "recompute", "sequence_parallel", "compile", "plan", "gpu_memory", "rate"}
+            "validate_on", "broken", "recompute", "sequence_parallel", "compile", "plan", "gpu_memory", "rate", "second_steps"}
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 

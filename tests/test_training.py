@@ -61,6 +61,11 @@ def test_stages_of_sugar():
     assert stages("--strategy tsf") == [(0, False), (0.5, True)]
 
 
+def test_the_second_stage_may_have_a_length_of_its_own():
+    lengths = lambda arguments: [stage.steps for stage in train_sugar.stages_of(train_sugar.parse(arguments.split()))]
+    assert lengths("--steps 5 --second-steps 3") == [5, 3] and lengths("--steps 5") == [5, 5] and lengths("--strategy mix --steps 5") == [5]
+
+
 def test_an_epoch_meets_every_example_once(seed):
     for epoch in range(3):
         met = [shuffled(epoch * 17 + i, 17, seed) for i in range(17)]
