@@ -5,6 +5,7 @@ image-to-video model as first frame. sample.py is the command line of this file;
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -265,7 +266,7 @@ class Sampler:
 
     def with_vae(self, vae: VAE, use: Callable[[VAE], Tensor], beside: torch.nn.Module | None) -> Tensor:
         """What `use` makes with the VAE on the device. beside: a network that may have stayed there, and leaves it where both are too
-        much."""
+        much. Where the VAE alone is too much, it goes on in tiles, and so for all that follows."""
         if beside is not None and not self.crowded:
             try:
                 with self.on_device(vae):
@@ -274,6 +275,13 @@ class Sampler:
                 self.crowded = True
             self.leave(beside)
         with self.on_device(vae):
+            try:
+                return use(vae)
+            except torch.OutOfMemoryError:
+                if vae.tiled:
+                    raise
+            print("warning: the memory is too small for whole frames; the VAE goes on in tiles, as with --tile", file=sys.stderr)
+            vae.tiled = True
             return use(vae)
 
     def run(self, requests: list[Request], settings: Settings, rank: int = 0) -> None:

@@ -1,5 +1,7 @@
 """Text to video and image to video, whole, beside diffusers' pipelines: from a folder that diffusers saved, from one noise."""
 
+from dataclasses import replace
+
 import diffusers.models.autoencoders.vae as vae_module
 import diffusers.schedulers.scheduling_dpm_cogvideox as dpm_module
 import numpy as np
@@ -163,3 +165,21 @@ def test_the_transformer_stays_from_video_to_video_where_there_is_room(room, tok
         assert log == [*steps, "decode", *steps, "decode", *last]
     else:
         assert log == [*steps, "decode", "leave", "decode", *steps, "leave", "decode", *last]
+
+
+@torch.no_grad()
+def test_what_is_too_large_to_be_decoded_whole_is_decoded_in_tiles(tokenizer, tmp_path, monkeypatch, capsys):
+    save_checkpoint(tmp_path / "model", "5b", "ddim", tokenizer)
+    settings = Settings(frames=1, height=48, width=64, fps=8, scheduler="ddim", steps=1)
+    requests = [Request("a fox", "", seed, tmp_path / f"{seed}.mp4") for seed in range(2)]
+    sampled = lambda settings: [video for _, video in Sampler(str(tmp_path / "model")).videos(requests, settings, quiet=True)]
+    tiled, decode = sampled(replace(settings, tile=True)), VAE.decode
+
+    def decodes(self, z):
+        if not self.tiled:
+            raise torch.OutOfMemoryError("no room")
+        return decode(self, z)
+
+    monkeypatch.setattr(VAE, "decode", decodes)
+    assert all(torch.equal(one, other) for one, other in zip(sampled(settings), tiled, strict=True))
+    assert capsys.readouterr().err.count("the VAE goes on in tiles") == 1
