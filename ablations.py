@@ -106,7 +106,9 @@ ABLATIONS = {
         Finding("the first frame alone makes near-static videos", "movement", "random frame, dropping", "first frame, no dropping"),
         Finding("a random frame brings some of the motion back", "movement", "random frame, no dropping", "first frame, no dropping"),
         Finding("the first frame alone inflates DINO-I", "dino_i", "first frame, no dropping", "random frame, dropping"),
-        Finding("and CLIP-I", "clip_i", "first frame, no dropping", "random frame, dropping")), "random frame, dropping"),
+        Finding("and CLIP-I", "clip_i", "first frame, no dropping", "random frame, dropping"),
+        Finding("a random frame alone costs likeness (DINO-I)", "dino_i", "first frame, no dropping", "random frame, no dropping")),
+        "random frame, dropping"),
     "switch-cls": Ablation("Switch, Table 5", "switch", {"without <cls>": Variant("--no-cls"), "with <cls>": SWITCH}, (
         Finding("<cls> helps the identity (DINO-I)", "dino_i", "with <cls>", "without <cls>"),
         Finding("<cls> helps the identity (exact)", "identity", "with <cls>", "without <cls>"),

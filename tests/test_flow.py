@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import zlib
 from pathlib import Path
 
@@ -192,6 +193,15 @@ def test_a_translation(size):
         first, second, true, inside = moved(*size, grain, torch.eye(2), shift)
         error = (Flow()(first, second)[0] - true).norm(dim=0)
         assert error.median() < 0.05 and error[inside].mean() < 0.05 and error.mean() < 0.5, (shift, grain)
+
+
+@pytest.mark.skipif("NANOS2V_RAFT" not in os.environ, reason="NANOS2V_RAFT names no published weights of RAFT")
+@pytest.mark.parametrize("length", [0.5, 3.0, 10.0])
+def test_a_translation_by_raft_with_its_published_weights(length):
+    angle = torch.rand(()).item() * 2 * math.pi
+    first, second, true, inside = moved(160, 192, 3.0, torch.eye(2), (length * math.cos(angle), length * math.sin(angle)))
+    error = (Flow(Path(os.environ["NANOS2V_RAFT"]))(first, second)[0] - true).norm(dim=0)
+    assert error[inside].mean() < 0.5
 
 
 def test_a_rotation_and_a_zoom():
