@@ -186,7 +186,7 @@ class Sampler:
         self.image_encoders = self.load_image_encoders() if self.config.sugar else []
         self.low_memory = False  # blocks of large networks stay in host memory and are streamed
         self.compiled = False  # torch.compile on the transformer's blocks
-        self.in_turn = False  # guidance branches one after the other, as memory has run out before
+        self.in_turn = False  # guidance branches one after the other: memory has run out before, or ranks share the sequence alone
         self.crowded = False  # the transformer leaves the device before a video is decoded, likewise
         self.split: Callable[[Transformer], None] | None = None  # lets several ranks share each video
 
@@ -316,8 +316,8 @@ class Sampler:
             draw = noise_source(request.seed)
             x = draw(1, T + pad, channels, h, w).to(self.device)
             given = Conditions(to(texts[self.prompt(request)]), to(texts[request.negative_prompt]))
-            if self.split is None:  # ranks that share a forward pass must all do the same
-                given.in_turn = self.in_turn
+            # Ranks that share a forward pass must all do the same, so they do not wait for memory to run out.
+            given.in_turn = self.in_turn if self.split is None else self.in_turn or None
             if id(request) in identity:
                 given.dino, given.clip = map(to, identity[id(request)])
             if request.reference is not None and self.kind in ("switch", "i2v"):

@@ -264,6 +264,7 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     if together:
         ranks = distributed.start(device)
         sampler.split = partial(distributed.split_video, ranks=ranks, branches=branches)
+        sampler.in_turn = groups < branches  # a batch of them would take more memory, and such a sequence keeps a device busy by itself
     return sampler, settings, requests, rank
 
 

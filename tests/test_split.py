@@ -46,15 +46,16 @@ def test_ranks_share_each_training_sample(ranks, sequence, recompute, tmp_path, 
     assert max(worst.values()) < 1e-4, max(worst.items(), key=lambda item: item[1])
 
 
-def test_sample_splits_one_video(tmp_path):
+@pytest.mark.parametrize("ranks,groups,within", [(2, 2, 1), (3, 1, 3)])
+def test_sample_splits_one_video(ranks, groups, within, tmp_path):
     toy_networks.init(tmp_path / "toy")
     common = ["--model", tmp_path / "toy", "--adapter", tmp_path / "toy" / "switch", "--image", ROOT / "examples" / "creature.png", "--prompt",
               "a creature jumps", "--steps", "3", "--device", "cpu", "--guidance", "6"]
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, common), "--out", str(tmp_path / "one.mp4")],
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    said = torchrun(2, ROOT / "sample.py", *common, "--out", tmp_path / "two.mp4")
-    assert said.count("two.mp4") == 1 and "2 ranks: 2 for the 2 branches of guidance, each with 1 for the sequence" in said
+    said = torchrun(ranks, ROOT / "sample.py", *common, "--out", tmp_path / "two.mp4")
+    assert said.count("two.mp4") == 1 and f"{ranks} ranks: {groups} for the 2 branches of guidance, each with {within} for the sequence" in said
     one, two = (media.read_video(tmp_path / name).astype(int) for name in ("one.mp4", "two.mp4"))
     assert np.abs(one - two).mean() < 1  # of 255: where a pixel is rounded the other way, the codec decides otherwise around it
 
