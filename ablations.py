@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -354,9 +353,14 @@ def ablate(args) -> None:
     """Trains, samples, scores; writes NAME.md and NAME.png."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("An ablation is one process: start several, of other names, beside each other; they share their runs.")
-    for flag in ("--seed", "--model", "--out", "--device"):
-        if re.search(rf"(^|\s){flag}[a-z]*(=|\s|$)", args.train):
-            raise BadInput(f"--train {args.train!r}: {flag} is the ablation's own to give.")
+    own = {"seed": 0, "model": str(args.model), "device": args.device}
+    for variant in ABLATIONS[args.name].variants.values():  # before the first training
+        options, _ = parsed(ABLATIONS[args.name].method, f"{variant.train} {args.train}", 0, args)
+        for flag, value in own.items():
+            if getattr(options, flag) != value:
+                raise BadInput(f"--train {args.train!r}: --{flag} is the ablation's own to give.")
+        if getattr(options, "second_steps", None) and options.strategy == "mix":
+            raise BadInput(f"--train {args.train!r}: --second-steps is not for {variant.train}, which has one stage.")
     ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
     if args.quick:
         args.out, args.count = args.out / "quick", 2

@@ -1,4 +1,4 @@
-"""Speed and memory beside diffusers, both sides in one run. Without names, every row but load and data.
+"""Speed and memory beside diffusers, both sides in one run. Without names, every row but data.
 
     python bench.py [forward switch sugar low-memory decode encode train attention] --frames 9 --height 320 --width 512 --layers 2
     python bench.py load [--model 2b]               host memory and time of loading a transformer
@@ -132,7 +132,8 @@ def machine(args: argparse.Namespace) -> dict[str, float]:
 
 
 def peak(row: str, side: str, args: argparse.Namespace) -> int | None:
-    """The most memory that one side takes for its weights and a run, in a process of its own; None where there is not enough."""
+    """The most memory that one side takes for its weights and a run, in a process of its own; None where there is not enough, or where it
+    fails, which is printed."""
     command = [sys.executable, __file__, row, "--child", side, *args.flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -160,16 +161,15 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
     return {"peak": torch.cuda.max_memory_allocated(args.device) if args.cuda else host_bytes(peak=True) - before}
 
 
-def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str, list[float]]]:
-    """What each side of a row computes, and the times of sides and floors, turn by turn. Every other turn begins with the last side.
-    A side that fails or runs out of memory is left out from there on, and None, with what is counted by it."""
-    runs, counts, times = {}, {}, {}
+def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str, list[float]], list[str]]:
+    """What each side of a row computes, the times of sides and floors, turn by turn, and which sides failed. Every other turn begins with
+    the last side. A side that fails or runs out of memory is left out from there on, and None, with what is counted by it."""
+    runs, counts, times, failed = {}, {}, {}, []
 
-    def failed(side: str, error: Exception) -> None:
-        if not isinstance(error, torch.OutOfMemoryError):
-            print(f"{side} failed: {type(error).__name__}: {str(error).strip()[:500]}")
-
-    def leave_out(lost: str) -> None:
+    def leave_out(lost: str, error: Exception | None = None) -> None:
+        if error is not None and not isinstance(error, torch.OutOfMemoryError):
+            print(f"{lost} failed: {type(error).__name__}: {str(error).strip()[:500]}")
+            failed.append(lost)
         for side in {lost, *(side for side in runs if side.removesuffix(FLEX) == lost)}:
             counts[side] = None
             runs.pop(side, None)
@@ -184,25 +184,23 @@ def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | Non
                 counts[side] = counts[plain]
             if counts[side] is None:
                 leave_out(side)
-        except Exception as error:  # the other rows go on
-            failed(side, error)
-            leave_out(side)
+        except Exception as error:  # the others go on
+            leave_out(side, error)
     for turn in tqdm(range(args.runs + 1), f"{row}: {len(counts)} sides", leave=False):
         for side in list(runs)[:: 1 if turn % 2 else -1]:
             try:
                 for name, run in runs.get(side, {}).items():
                     times.setdefault(name, []).append(seconds(run, args))
             except Exception as error:
-                failed(side, error)
-                leave_out(side)
-    return counts, times
+                leave_out(side, error)
+    return counts, times, failed
 
 
 def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:
     """One row: the sides take turns, then each shows its peak of memory. Ratios are taken turn by turn, as both sides of a turn found
     the machine in the same state; the first turn warms up."""
     print(f"\n{row}, {size_of(row, args)}: {' '.join(getattr(ROWS[row], 'func', ROWS[row]).__doc__.split())}\n")
-    counts, times = take_turns(row, args)
+    counts, times, failed = take_turns(row, args)
     gc.collect()
     if args.cuda:
         torch.cuda.empty_cache()  # for the processes that measure memory
@@ -220,15 +218,15 @@ def measure(row: str, args: argparse.Namespace, best: dict[str, float]) -> dict:
     line(*["---"] * 10)
     for side, entry in table.items():
         most, theirs = entry["peak"], table[reference]["peak"]
-        memory = [f"{most / 1e9:.2f} GB" if most else "not enough", f"{most / theirs:.2f}" if most and theirs else ""]
+        memory = [f"{most / 1e9:.2f} GB" if most else "not measured", f"{most / theirs:.2f}" if most and theirs else ""]
         if counts[side] is None:
-            line(side, "failed, or out of memory", *[""] * 4, *memory, "", "")
+            line(side, "failed" if side in failed else "out of memory", *[""] * 4, *memory, "", "")
             continue
         flop, moved, rate = entry["flop"], entry["bytes"], entry["flop"] / entry["seconds"]
         line(side, f"{entry['seconds']:.3f}", f"{entry['ratio']:.2f}" if entry["ratio"] else "", f"{entry['over_floor']:+.0%}",
              f"{flop / 1e12:.2f}, {flop / best['flops']:.2f} s", f"{moved / 1e9:.2f}, {moved / best['bytes']:.2f} s", *memory,
              f"{rate / 1e12:.3f}", f"{rate / best['flops']:.0%}")
-    return {"sides": table, "times": times}
+    return {"sides": table, "times": times} | ({"failed": failed} if failed else {})
 
 
 def sized(row: str, args: argparse.Namespace) -> argparse.Namespace:
@@ -264,8 +262,9 @@ def keep(row: str, size: str, result: dict, args: argparse.Namespace, file: Path
     file.write_text(json.dumps([*others, {**key, "torch": torch.__version__, "flags": args.flags, **result}], indent=2) + "\n")
 
 
-def rows(args: argparse.Namespace, what: list[str]) -> None:
-    best = machine(args)
+def rows(args: argparse.Namespace, what: list[str]) -> bool:
+    """Measures these rows and keeps those of which no side failed. Returns whether that was all of them."""
+    whole, best = True, machine(args)
     print(f"{name_of_machine(args)}, {args.dtype}{', compiled' if args.compile else ''}, medians of {args.runs} runs; "
           f"a matrix product {best['flops'] / 1e12:.2f} TFLOP/s, a copy {best['bytes'] / 1e9:.0f} GB/s"
           + (f", from host memory {best['from_host'] / 1e9:.0f} GB/s" if args.cuda else ""))
@@ -274,7 +273,13 @@ def rows(args: argparse.Namespace, what: list[str]) -> None:
             print("\nlow-memory: needs a GPU; a CPU has no other memory to stream from.")
             continue
         given = sized(row, args)
-        keep(row, size_of(row, given), {"best": best, **measure(row, given, best)}, args)
+        result = measure(row, given, best)
+        if "failed" in result:
+            whole = False
+            print(f"{row} is not kept in bench.json.")
+        else:
+            keep(row, size_of(row, given), {"best": best, **result}, args)
+    return whole
 
 
 def main() -> None:
@@ -312,10 +317,10 @@ def main() -> None:
     elif row == "data":
         keep(row, f"{args.samples} samples", data(args), args)
     else:
-        if args.what != ["load"]:
-            rows(args, [row for row in args.what if row != "load"])
+        whole = args.what == ["load"] or rows(args, [row for row in args.what if row != "load"])
         if "load" in args.what:
             keep("load", args.model, load(args), args)
+        distributed.leave(0 if whole else 1)
     distributed.leave(0)
 
 

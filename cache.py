@@ -109,9 +109,11 @@ def stored_settings(encoder: Encoder, stream: str) -> dict:
             "weights": checkpoint.fingerprint(*folders) if there else None, **frames}
 
 
-def digest_of(data: Path) -> str:
-    """Tells whether a dataset is what it was: by the table's contents, or by names, sizes, and tables in its folder."""
-    files = [data] if data.is_file() else sorted(file for file in data.rglob("*") if file.is_file() and file.name[0] != ".")
+def digest_of(data: Path, out: Path) -> str:
+    """Tells whether a dataset is what it was: by the table's contents, or by names, sizes, and tables in its folder, without what lies
+    in the cache's own."""
+    within = [file for file in data.rglob("*") if file.is_file() and file.name[0] != "." and out.resolve() not in file.resolve().parents]
+    files = [data] if data.is_file() else sorted(within)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.relative_to(data.parent)}:{file.stat().st_size};".encode(errors="surrogateescape"))
@@ -194,7 +196,7 @@ def run(args: argparse.Namespace) -> None:
     clip = readers.clip_of(args, config)
     dataset, length = readers.open_data(args.data, args.stream, args.count, 4000, clip, args, encoder, args.out)
     started, new = time.perf_counter(), sum(missing(args.out, length).values())
-    about = {"data": args.data, "data's digest": args.data and digest_of(Path(args.data)), "clip": asdict(clip) if args.data else {},
+    about = {"data": args.data, "data's digest": args.data and digest_of(Path(args.data), args.out), "clip": asdict(clip) if args.data else {},
              "share": args.share}
     written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})
     if ranks.first:

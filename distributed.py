@@ -265,8 +265,8 @@ def video_groups(world: int, branches: int, heads: int) -> tuple[int, int]:
     groups = math.gcd(world, branches)
     within = world // groups
     if heads % within:
-        raise BadInput(f"{world} ranks cannot share a video of this model: after {groups} for the guidance branches, its {heads} heads "
-                       f"do not divide among {within}.")
+        raise BadInput(f"{world} ranks cannot share a video of this model: after {groups} for the {branches} branches of guidance, its "
+                       f"{heads} heads do not divide among {within}.")
     return groups, within
 
 

@@ -6,7 +6,7 @@
     python evaluate.py ablate switch-strategy            a paper's ablation on the toy
     python evaluate.py motion --data DIR --out ..        Switch's temporal protocol
 
-Without --set, the toy's held-out subjects stand in, and its world's exact measures beside the learned scores. What stands after
+`generate` without --set takes the toy's held-out subjects, which have their world's exact measures beside the learned scores. What stands after
 `--` goes to sample.py, which makes the videos: it goes on where it was stopped, and under torchrun shares them among ranks.
 
     DIR/videos/         PROMPT-N.mp4                       DIR/scores.jsonl    the scores of each video
@@ -214,6 +214,9 @@ def score(args: argparse.Namespace) -> None:
         ranks.wait()
         if ranks.first:
             scored = there()
+            lost = [row["name"] for row in rows if keys[row["name"]] not in scored]
+            if lost:  # file systems of several nodes may lose lines that two of them append at once
+                raise BadInput(f"{folder / 'scores.jsonl'} has no line of {checkpoint.some(lost)}: the same command scores them.")
             tables[folder] = summarize(folder, rows, {row["name"]: scored[keys[row["name"]]] for row in rows}, scorers, which)
     if ranks.first:
         print(f"\n{table(tables, which)}")

@@ -235,10 +235,10 @@ def decode(file: Path, clip: Clip, rng: np.random.Generator) -> np.ndarray:
     if clip.small == "skip" and (width < clip.width or height < clip.height):
         raise TooLittle(f"it is {width}x{height}, smaller than {clip.width}x{clip.height}")
     asked = f"{clip.frames} frames at {clip.fps:g} fps take {clip.seconds:.2f} s"
-    spare = 0.0 if seconds is None else seconds - 0.01 - clip.seconds  # ffmpeg rounds to hundredths: let no frame be lost to that
+    spare = 0.0 if seconds is None else seconds - clip.seconds
     if spare < -0.5 / clip.fps and clip.short == "skip":
         raise TooLittle(f"it lasts {seconds:.2f} s, and {asked}")
-    start = rng.uniform(0, spare) if spare > 0 else 0.0
+    start = rng.uniform(0, spare - 0.01) if spare > 0.01 else 0.0  # ffmpeg rounds to hundredths: let no frame be lost to that
     filters = (f"fps={clip.fps:g},scale='max({clip.width},round({clip.height}*dar))':'max({clip.height},round({clip.width}/dar))'"
                f":flags=bicubic,crop={clip.width}:{clip.height}")  # dar: proportions as shown, also where pixels are not square
     size = clip.height * clip.width * 3

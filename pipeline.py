@@ -188,6 +188,7 @@ class Sampler:
         self.compiled = False  # torch.compile on the transformer's blocks
         self.in_turn = False  # guidance branches one after the other: memory has run out before, or ranks share the sequence alone
         self.crowded = False  # the transformer leaves the device before a video is decoded, likewise
+        self.tiled = False  # the VAE works in tiles although none were asked for, likewise
         self.split: Callable[[Transformer], None] | None = None  # lets several ranks share each video
 
     def defaults(self) -> Settings:
@@ -278,10 +279,10 @@ class Sampler:
             try:
                 return use(vae)
             except torch.OutOfMemoryError:
-                if vae.tiled:
+                if vae.tiled or self.split is not None:  # ranks that share a video must all encode alike
                     raise
             print("warning: the memory is too small for whole frames; the VAE goes on in tiles, as with --tile", file=sys.stderr)
-            vae.tiled = True
+            vae.tiled = self.tiled = True
             return use(vae)
 
     def run(self, requests: list[Request], settings: Settings, rank: int = 0) -> None:
@@ -299,7 +300,7 @@ class Sampler:
         pictured = [request for request in requests if request.reference is not None]
         identity = self.encode_identity(pictured) if self.kind == "sugar" and pictured else {}
         vae = load_vae(checkpoint.need(self.folder, "vae"), "cpu", self.dtype)
-        vae.tiled = settings.tile
+        vae.tiled = settings.tile or self.tiled
         transformer = load_transformer(checkpoint.need(self.folder, "transformer"), "cpu", self.dtype).eval()
         if self.adapter_file is not None:
             transformer.use_adapter(self.adapter_file)
@@ -346,7 +347,8 @@ class Sampler:
         asked = {name: getattr(request, name) for name in
                  ("prompt", "negative_prompt", "seed", "image", "mask", "subject", "noun", "fit")}
         about = {**asked, "model": self.name, "adapter": self.adapter_file and str(self.adapter_file),
-                 "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), **asdict(settings)}
+                 "dtype": str(self.dtype).removeprefix("torch."), "device": str(self.device), **asdict(settings),
+                 "tile": settings.tile or self.tiled}
         media.save_video(frames, request.out, settings.fps, about)
 
 

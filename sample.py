@@ -256,7 +256,7 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
     settings = read_settings(args, sampler)
     together, branches = world > 1 and args.prompts is None, sampler.branches(settings, with_image=requests[0].image is not None)
-    if together:
+    if together:  # before heavy work
         groups, within = distributed.video_groups(world, branches, sampler.config.num_attention_heads)
         if rank == 0:
             print(f"{world} ranks: {groups} for the {branches} branches of guidance, each with {within} for the sequence")

@@ -146,7 +146,7 @@ def source_rows(table: Path) -> list[dict]:
         image, label, kind = (row.get(name) if isinstance(row, dict) else None for name in ("image", "label", "kind"))
         whole = all(isinstance(value, str) and value for value in (image, label))
         kind = kind or (kinds.get(label, "active object") if whole else "active object")
-        why = {} if whole and kind in CLASSES else {"why": f"unusable row: {number} lacks an image or a label" if not whole else
+        why = {} if whole and isinstance(kind, str) and kind in CLASSES else {"why": f"unusable row: {number} lacks an image or a label" if not whole else
                                                     f"unusable row: {number} is of kind {kind!r}, known are {', '.join(CLASSES)}"}
         samples.append({"image": str((table.parent / image).resolve()) if whole else "", "label": label if whole else "", "kind": kind} | why)
     if all("why" in sample for sample in samples):

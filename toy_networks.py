@@ -136,7 +136,7 @@ def write_variant(folder: Path, model: Transformer) -> None:
 
 
 def init(folder: Path) -> None:
-    """Writes a complete untrained checkpoint, a Switch adapter, a SUGAR model and an image-to-video model."""
+    """Writes a complete untrained checkpoint, a Switch adapter, a SUGAR model and an image-to-video model: what the tests stand on."""
     torch.manual_seed(0)
     save_half(new_text_encoder(write_tokenizer(folder / "tokenizer")), folder / "text_encoder")
     for part in ("dino", "clip"):

@@ -103,7 +103,8 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
     block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
     clip = clip_of(args, config)
     frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
-    tokens = config.max_text_seq_length + (frames + 1) * h * w // config.patch_size**2  # the video phase, with a reference
+    frames += args.reference_drop < 1  # the video phase, with a reference
+    tokens = config.max_text_seq_length + frames * h * w // config.patch_size**2
     phases = [phase_of(step, args, name) for name, steps in runs_of(args) for step in range(steps)]
     samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
     print_plan(model, block, folder, tokens, max(args.image_batch, args.video_batch), samples, args, world)
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
                         for position in positions))
         x_0, eps, t, text, reference, keep = (torch.stack(part).to(ranks.device) for part in samples)
         given = {"reference": reference.to(dtype)}
-        if phase == "video" and (args.strategy == "video-only" or args.reference_drop == 1):
+        if phase == "video" and args.reference_drop == 1:
             given = {}  # none of them has any, on any rank
         elif phase == "video" and not keep.all():  # attention without a mask is faster
             given["keep_reference"] = keep

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from cli import ROOT
@@ -18,6 +19,7 @@ import train_switch
 from cache import Cache, shard_file, stored_settings, write_cache
 from checkpoint import BadInput
 from data import Encoder, Stream, Toy
+from media import save_video
 from readers import open_data
 
 
@@ -160,3 +162,16 @@ def test_data_of_the_wrong_kind(arguments, phrase, base, tmp_path, capfd):
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and phrase in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_data_that_has_changed_is_not_mixed(base, tmp_path, capfd):
+    """Neither is the cache itself data, where it lies in the folder of its data."""
+    data = tmp_path / "videos"
+    for i in range(2):
+        save_video(np.full((9, 64, 64, 3), 50 * i, np.uint8), data / f"{i}.mp4", 8, {})
+        (data / f"{i}.txt").write_text("a dog")
+    arguments = ["cache", "--as", "videos", "--data", str(data), "--out", str(data / "cache"), "--model", str(base), "--device", "cpu",
+                 "--reference-frames", "1", "--frames", "9", "--height", "64", "--width", "64"]
+    assert cache.main(arguments) == 0 and cache.main(arguments) == 0
+    (data / "1.txt").write_text("a large dog")
+    assert cache.main(arguments) == 2 and "data's digest" in capfd.readouterr().err
