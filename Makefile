@@ -7,7 +7,7 @@ PY := .venv/bin/python
 # Threads that wait for others must not take their processor.
 export OMP_WAIT_POLICY ?= passive
 
-sample: .venv/.ready checkpoints/toy/model_index.json
+sample: .venv/.ready
 	$(PY) sample.py --image examples/creature.png --prompt "a creature is jumping in the snow" --adapter checkpoints/toy/switch \
 	    --out samples/switch.gif
 	$(PY) sample.py --image examples/creature.png --prompt "a golden creature is moving right in the sea" --model checkpoints/toy/sugar \
@@ -15,9 +15,6 @@ sample: .venv/.ready checkpoints/toy/model_index.json
 
 test: .venv/.ready-test
 	$(PY) -m pytest -n 2 --dist loadfile
-
-checkpoints/toy/model_index.json: | .venv/.ready
-	$(PY) toy.py init
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || { echo "Python needs its venv module: on Debian, apt install python3-venv."; rm -rf .venv; exit 1; }

@@ -67,7 +67,7 @@ def resolve(model: str, more: tuple[str, ...] = ()) -> Path:
     if folder.exists():
         raise BadInput(f"{model} is a file: a model is a folder in the diffusers layout, or a hub id.")
     if model.rstrip("/") == "checkpoints/toy":
-        raise BadInput("There is no toy checkpoint in checkpoints/toy yet: `python toy.py init` writes one, untrained.")
+        raise BadInput("There is no checkpoints/toy here: it comes with the repository, so run this in its folder, or give --model.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise BadInput(f"There is no folder {model}: give a folder in the diffusers layout, or a hub id such as "
                        f"THUDM/CogVideoX-5b.")
@@ -299,6 +299,7 @@ def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str
             write_json(part / f"{stem}.safetensors.index.json", listing)
         for name, content in zip(names, shards):
             save_file(content, part / name, metadata={"format": "pt"})
+            (part / name).chmod(0o644)  # safetensors' file is closed to others
         part.chmod(0o755)  # mkdtemp's folder is closed to others
         old = part.with_name(part.name + "-old")
         if folder.exists():

@@ -1,8 +1,9 @@
 """The toy: a complete checkpoint in the official layout, trained on the toy's world by this repository's own code.
 
-    python toy.py init                         writes it untrained: everything runs, its pixels mean nothing
-    python toy.py build [--stages vae base ..] trains it, stage by stage; a stage that was stopped goes on where it was
+    python toy.py build [--stages vae base ..] trains one, stage by stage; a stage that was stopped goes on where it was
     python toy.py score [--count 64]           identity, motion, background and look on held-out subjects, by method
+
+checkpoints/toy was made so.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
 from lora import read_adapter, save_adapter
 from model import load_transformer, save_tensors
-from toy_networks import (IDENTITY, SCHEDULE, SIDE, TOKENS, VAE_STAGES, CLIPTask, DINOTask, TextTask, VAETask, clip_tokenizer, init,
+from toy_networks import (IDENTITY, SCHEDULE, SIDE, TOKENS, VAE_STAGES, CLIPTask, DINOTask, TextTask, VAETask, clip_tokenizer,
                           new_transformer, save_half, start_from_base, write_frame, write_tokenizer, write_variant)
 from training import Options, generator, train
 from vae import load_vae, save_vae
@@ -35,8 +36,9 @@ from vae import load_vae, save_vae
 
 # Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.
 TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (16000, 2e-3), "i2v": (1500, 1e-3)}
-# Flags of train_sugar.py. Where DINO's and CLIP's tokens lie has to be learned from nothing, on real videos; then the paper's strategy.
-SUGAR_STAGES = {"sugar_real": (5000, "--strategy mix --p 0"), "sugar": (8000, "--strategy tsf --lr 1.5e-3")}
+# Steps of train_sugar.py's stages, and its flags. What DINO's and CLIP's tokens mean has to be learned from nothing, on real videos;
+# then comes the paper's strategy.
+SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0"), "sugar": ((8000, 6000), "--strategy tsf --lr 1.5e-3")}
 
 
 class Builder:
@@ -254,7 +256,8 @@ class Builder:
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, sugar=True)
         train_sugar.run(train_sugar.parse(
             ["--model", str(self.folder if stage == "sugar_real" else self.work / "sugar_real"), "--out", str(out),
-             "--device", self.ranks.device.type, "--steps", str(self.count(steps)), *flags.split(),
+             "--device", self.ranks.device.type, *flags.split(),
+             *(word for flag, count in zip(("--steps", "--second-steps"), steps) for word in (flag, str(self.count(count)))),
              "--real-data", str(self.cached("subjects", 6000, encoder).folder),
              "--data", str(self.cached("triplets", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
@@ -295,8 +298,8 @@ def build(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["init", "build", "score"])
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/toy"), help="the checkpoint (default: %(default)s)")
+    parser.add_argument("command", choices=["build", "score"])
+    parser.add_argument("--out", type=Path, help="the checkpoint (default: build runs/toy/checkpoint, score checkpoints/toy)")
     parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="build: checkpoints of the stages (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="build: these alone (default: all)")
     parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small "
@@ -304,17 +307,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(argv)
-    return exit_status(lambda: {"init": new, "build": build, "score": score}[args.command](args))
-
-
-def new(args: argparse.Namespace) -> None:
-    if args.out.exists():
-        raise BadInput(f"{args.out} is already there; remove it first.")
-    part = args.out.with_name(f".{args.out.name}-part")
-    shutil.rmtree(part, ignore_errors=True)
-    init(part)
-    part.rename(args.out)
-    print(f"wrote {args.out}: untrained, its pixels mean nothing yet")
+    args.out = args.out or Path("runs/toy/checkpoint" if args.command == "build" else "checkpoints/toy")
+    return exit_status(lambda: {"build": build, "score": score}[args.command](args))
 
 
 def score(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ BASE = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, time_emb
             max_text_seq_length=TOKENS, sample_height=8, sample_width=8, sample_frames=9, use_rotary_positional_embeddings=True)
 SUGAR = dict(dino_dim=IMAGE_DIM, clip_dim=IMAGE_DIM, dino_tokens=IMAGE_TOKENS, clip_tokens=IMAGE_TOKENS)
 # A small network's: the papers' burn its colours, and with more guidance on the text it loses Switch's subjects.
-SCALES = {"guidance": 1.0, "omega_image": 2.5, "omega_text": 4.0}
+SCALES = {"guidance": 1.0, "omega_image": 3.0, "omega_text": 4.0}
 SCHEDULE = {"_class_name": "CogVideoXDDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
             "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "v_prediction",
             "rescale_betas_zero_snr": True, "set_alpha_to_one": True, "snr_shift_scale": 1.0, "clip_sample": False,

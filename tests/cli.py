@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageSequence
 
 import media
 import sample
-import toy as toy_module
+import toy_networks
 
 ROOT = Path(sample.__file__).resolve().parent
 SMALL = "--steps 2 --frames 9 --height 32 --width 48"
@@ -42,7 +42,7 @@ def one_thread():
 def base(tmp_path_factory):
     """The untrained toy: a T2V base, and in it a Switch adapter, a SUGAR model and an image-to-video model."""
     folder = tmp_path_factory.mktemp("models") / "toy"
-    toy_module.init(folder)
+    toy_networks.init(folder)
     return folder
 
 
