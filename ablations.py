@@ -359,8 +359,8 @@ def ablate(args) -> None:
         for flag, value in own.items():
             if getattr(options, flag) != value:
                 raise BadInput(f"--train {args.train!r}: --{flag} is the ablation's own to give.")
-        if getattr(options, "second_steps", None) and options.strategy == "mix":
-            raise BadInput(f"--train {args.train!r}: --second-steps is not for {variant.train}, which has one stage.")
+        if ABLATIONS[args.name].method == "sugar":
+            train_sugar.stages_of(options)  # a row may have one stage where another has two
     ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
     if args.quick:
         args.out, args.count = args.out / "quick", 2

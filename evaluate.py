@@ -6,8 +6,8 @@
     python evaluate.py ablate switch-strategy            a paper's ablation on the toy
     python evaluate.py motion --data DIR --out ..        Switch's temporal protocol
 
-`generate` without --set takes the toy's held-out subjects, which have their world's exact measures beside the learned scores. What stands after
-`--` goes to sample.py, which makes the videos: it goes on where it was stopped, and under torchrun shares them among ranks.
+`generate` without --set takes the toy's held-out subjects, which have their world's exact measures beside the learned scores. What
+stands after `--` goes to sample.py, which makes the videos: it goes on where it was stopped, and under torchrun shares them among ranks.
 
     DIR/videos/         PROMPT-N.mp4                       DIR/scores.jsonl    the scores of each video
     DIR/videos.jsonl    what each video was to show        DIR/scores.json     means and their confidence intervals
@@ -107,8 +107,8 @@ def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
     rows, photographs = rows_of(args), None
     if args.set != "toy":
-        contents = (Path(image).read_bytes() for image in dict.fromkeys(row["image"] for row in rows))
-        photographs = hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()[:16]
+        contents = [Path(image).read_bytes() for image in dict.fromkeys(row["image"] for row in rows)]
+        photographs = hashlib.sha256(b"".join(contents)).hexdigest()[:16]
     rows = rows[: args.count]
     made_by(args.out, {"set": args.set, "seed": args.seed, "looks": args.looks, "image": not args.no_image, "cut_out": args.cut_out,
                        "photographs": photographs}, args.sample)

@@ -145,10 +145,12 @@ def source_rows(table: Path) -> list[dict]:
     for number, row in enumerate(rows, 1):
         image, label, kind = (row.get(name) if isinstance(row, dict) else None for name in ("image", "label", "kind"))
         whole = all(isinstance(value, str) and value for value in (image, label))
-        kind = kind or (kinds.get(label, "active object") if whole else "active object")
-        why = {} if whole and isinstance(kind, str) and kind in CLASSES else {"why": f"unusable row: {number} lacks an image or a label" if not whole else
-                                                    f"unusable row: {number} is of kind {kind!r}, known are {', '.join(CLASSES)}"}
-        samples.append({"image": str((table.parent / image).resolve()) if whole else "", "label": label if whole else "", "kind": kind} | why)
+        if not whole:
+            samples.append({"image": "", "label": "", "kind": "", "why": f"unusable row: {number} lacks an image or a label"})
+            continue
+        samples.append({"image": str((table.parent / image).resolve()), "label": label, "kind": kind or kinds.get(label, "active object")})
+        if samples[-1]["kind"] not in [*CLASSES]:  # a list, as a JSON value may be no key
+            samples[-1]["why"] = f"unusable row: {number} is of kind {kind!r}, known are {', '.join(CLASSES)}"
     if all("why" in sample for sample in samples):
         raise BadInput(f"--source {table} has no row that can be used ({samples[0]['why']}): it needs the columns image and label.")
     return samples

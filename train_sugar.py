@@ -67,6 +67,8 @@ class Stage:
 def stages_of(args: argparse.Namespace) -> list[Stage]:
     """SUGAR-Mix, -TS and -TSF."""
     if args.strategy == "mix":
+        if args.second_steps is not None:
+            raise BadInput("--second-steps: --strategy mix has one stage.")
         return [Stage("mix", args.p, args.steps)]
     return [Stage("real", 0.0, args.steps), Stage("mixed", args.p, args.second_steps or args.steps, frozen=args.strategy == "tsf")]
 
@@ -103,8 +105,7 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
     check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets", "second_steps"))
-    if args.second_steps is not None and args.strategy == "mix":
-        raise BadInput("--second-steps: --strategy mix has one stage.")
+    stages = stages_of(args)
     ranks.share(args.batch)
     folder = checkpoint.resolve(args.model)
     config = read_config(checkpoint.need(folder, "transformer"))
@@ -131,15 +132,15 @@ def run(args: argparse.Namespace) -> None:
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     if args.restart:
         drop_earlier(ranks, args.out / "transformer", args.out / "model_index.json",
-                     *(args.out / stage.name / part for stage in stages_of(args)
+                     *(args.out / stage.name / part for stage in stages
                        for part in ("checkpoints", "transformer", "settings.json", "validation", "validation.jsonl")),
                      *(args.out / kind / "skipped.jsonl" for kind in ("subjects", "triplets")))
     example = streams["real"][0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")
-    for stage in stages_of(args):
-        out, about = args.out / stage.name, dict(stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights))
-        settings = settings_of(args, **about)
+    for stage in stages:
+        out = args.out / stage.name
+        settings = settings_of(args, stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights))
         if (out / "transformer").is_dir():  # it has come to its end before
             if (out / "settings.json").exists():  # else another run has handed it on
                 check_settings(checkpoint.read_json(out / "settings.json"), settings, out)

@@ -57,7 +57,8 @@ class Options:
 
     @staticmethod
     def add_to(parser: argparse.ArgumentParser, **defaults) -> None:
-        help = {"out": "folder for checkpoints, metrics.jsonl and validation sheets", "steps": "optimizer steps (SUGAR: of each stage, if --second-steps says no other)",
+        help = {"out": "folder for checkpoints, metrics.jsonl and validation sheets",
+                "steps": "optimizer steps (SUGAR: of each stage, if --second-steps says no other)",
                 "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up",
                 "clip": "largest gradient norm", "micro_batch": "samples a rank takes at a time; the global batch does not "
                 "depend on it", "ema": "decay of an exponential moving average of the weights; 0 is none",

@@ -64,6 +64,8 @@ def test_stages_of_sugar():
 def test_the_second_stage_may_have_a_length_of_its_own():
     lengths = lambda arguments: [stage.steps for stage in train_sugar.stages_of(train_sugar.parse(arguments.split()))]
     assert lengths("--steps 5 --second-steps 3") == [5, 3] and lengths("--steps 5") == [5, 5] and lengths("--strategy mix --steps 5") == [5]
+    with pytest.raises(BadInput, match="one stage"):
+        lengths("--strategy mix --second-steps 3")
 
 
 def test_an_epoch_meets_every_example_once(seed):
