@@ -285,7 +285,7 @@ def test_an_empty_background_has_nobody_in_it(seed):
 
 
 def test_movement_is_a_share_of_the_usual_amount(seed):
-    for motion, strength, least in (("left", 0.25, 0.15), ("up", 0.5, 0.1), ("jump", 0.75, 0.1), ("grow", 0.5, 0.25)):
+    for motion, strength, least in (("left", 0.25, 0.15), ("up", 0.5, 0.15), ("jump", 0.75, 0.15), ("grow", 0.5, 0.25)):
         scene = world.sample_scene(seed, motion=motion, strength=strength)
         path, _ = world.poses(scene)
         _, _, part, amount, _ = MOTIONS[motion]
