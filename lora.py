@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -75,13 +76,47 @@ class LoRA:
         return self.base(x).add_(self.update(x))  # in place: no backward pass asks for what the base gave
 
 
+class LoRAProduct(torch.autograd.Function):
+    """y = W g + b + s B A g for g = x or, with `gelu`, GELU(x), whose weight and bias do not learn. By itself autograd would keep g
+    beside x, and make the gradient of g twice, through W and through A, to add the two."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, gelu: bool) -> Tensor:
+        """x [n, in] -> y [n, out]"""
+        g = F.gelu(x, approximate="tanh") if gelu else x
+        low = g @ A.t()  # [n, rank]
+        ctx.save_for_backward(x, weight, A, B, low)
+        ctx.s, ctx.gelu = s, gelu
+        return F.linear(g, weight, bias).addmm_(low, B.t(), alpha=s)  # the update is never there by itself
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, low = ctx.saved_tensors
+        g = F.gelu(x, approximate="tanh") if ctx.gelu else x
+        d_low = ctx.s * (dy @ B)  # [n, rank]
+        dA, dB, dx = d_low.t() @ g, ctx.s * (dy.t() @ low), None
+        del g
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(d_low, A)
+            if ctx.gelu:
+                dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
+        return dx, None, None, dA, dB, None, None
+
+
 class LoRALinear(LoRA, nn.Linear):
     """A linear layer with a LoRA: A [rank, in], B [out, rank]."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """gelu: the layer is fed GELU(x), which is not kept for the backward pass."""
         x, shape = x.flatten(0, -2), x.shape[:-1]
-        low = self.low(x)
-        y = self.base(x).addmm_(low, self.lora_B.weight.t(), alpha=self.lora_scale)  # the update is never there by itself
+        A, B = self.lora_A.weight, self.lora_B.weight
+        if (self.training and self.lora_dropout.p > 0) or torch.compiler.is_compiling() or self.weight.requires_grad:
+            x = F.gelu(x, approximate="tanh") if gelu else x
+            low = self.low(x)
+            y = self.base(x).addmm_(low, B.t(), alpha=self.lora_scale)
+        else:
+            y = LoRAProduct.apply(x, self.weight, self.bias, A, B, self.lora_scale, gelu)
         return y.unflatten(0, shape)
 
 

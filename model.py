@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import checkpoint
 from attention import apply_rotary, apply_rotary_, attention, in_place, rotary_3d, selective_blocks
 from checkpoint import BadInput
-from lora import Adapter, load_adapter, merge, on_tokens, without_lora
+from lora import Adapter, LoRALinear, load_adapter, merge, on_tokens, without_lora
 
 Lengths = tuple[int, int, int]  # tokens of the text (with DINO and CLIP before it), of the reference, and of the video
 SUGAR_PARTS = ("dino_proj.", "clip_proj.", "null_dino", "null_clip")  # what SUGAR adds to a CogVideoX checkpoint
@@ -161,7 +161,7 @@ class AdaLayerNormZero(nn.Module):
         reference_triple = adapted.unsqueeze(1).chunk(6, dim=-1)[:3]
         triples = (text_triple, reference_triple, video_triple)
         x = self.norm(x)
-        parts, gates = x.split(lengths, dim=1), [gate for _, _, gate in triples]
+        parts, gates = split(x, lengths), [gate for _, _, gate in triples]
         if in_place():
             for part, (shift, scale, _) in zip(parts, triples):
                 torch.addcmul(shift, part, 1 + scale, out=part)
@@ -210,6 +210,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, lora: slice | None) -> Tensor:
         inner = on_tokens(self.net[0].proj, x, lora)
+        if lora is None and isinstance(self.net[2], LoRALinear) and torch.is_grad_enabled():
+            return self.net[2](inner, gelu=True)
         # The largest tensor of all: fresh memory for it would take longer than the function itself.
         inner = (torch.ops.aten.gelu_ if in_place() else F.gelu)(inner, approximate="tanh")
         return on_tokens(self.net[2], inner, lora)
@@ -236,9 +238,16 @@ class Block(nn.Module):
         return add_gated(x, self.ff(normed, lora), gates, lengths)
 
 
+def split(x: Tensor, lengths: Lengths) -> list[Tensor]:
+    """The text's, the reference's and the video's part of x. What Switch trains keeps the reference's for the backward pass: as a part of
+    x it would keep all of x."""
+    text, reference, video = x.split(lengths, dim=1)
+    return [text, reference if in_place() else reference.clone(), video]
+
+
 def add_gated(x: Tensor, update: Tensor, gates: list[Tensor], lengths: Lengths) -> Tensor:
     """x + gate * update, each part of the sequence with its own gate."""
-    parts = list(zip(x.split(lengths, dim=1), gates, update.split(lengths, dim=1)))
+    parts = list(zip(x.split(lengths, dim=1), gates, split(update, lengths)))
     if in_place():
         for part, gate, more in parts:
             part.addcmul_(gate, more)
