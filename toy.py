@@ -38,7 +38,7 @@ from vae import load_vae, save_vae
 TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (16000, 2e-3), "i2v": (1500, 1e-3)}
 # Steps of train_sugar.py's stages, and its flags. What DINO's and CLIP's tokens mean has to be learned from nothing, on real videos;
 # then comes the paper's strategy.
-SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0"), "sugar": ((8000, 6000), "--strategy tsf --lr 1.5e-3")}
+SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0 --lr 1e-3"), "sugar": ((8000, 6000), "--strategy tsf --lr 1.5e-3")}
 
 
 class Builder:

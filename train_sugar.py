@@ -43,14 +43,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=16, help="64 for official weights, our guess (default: %(default)s)")
     p.add_argument("--real-data", metavar="PATH", help="real videos: a manifest, a folder or a cache (default: the toy's world)")
     p.add_argument("--data", metavar="PATH", help="synthetic ones: synthesize.py's triplets or a cache (default: the toy's world)")
-    p.add_argument("--real", type=int, help="real videos to train on (default: all; of the toy's 800)")
-    p.add_argument("--triplets", type=int, help="synthetic triplets to train on (default: all; of the toy's 800)")
+    p.add_argument("--real", type=int, help="real videos to train on (default: all; of the toy's 1,600)")
+    p.add_argument("--triplets", type=int, help="synthetic triplets to train on (default: all; of the toy's 1,600)")
     add_arguments(p)
     p.add_argument("--second-steps", type=int, help="steps of the second stage of ts and tsf (default: --steps)")
     for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
         p.add_argument(f"--drop-{name}", type=float, default=probability,
                        help=f"probability that {name} is null, for guidance (default: %(default)s)")
-    Options.add_to(p, out=Path("runs/sugar"), steps=1000, lr=1e-3, warmup=50, micro_batch=16)
+    Options.add_to(p, out=Path("runs/sugar"), steps=1800, lr=2e-3, warmup=50, micro_batch=16, validate_every=300, validate_count=8)
     return p.parse_args(argv)
 
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     clip, streams = clip_of(args, config), {}
     for name, kind, source, count in (("real", "subjects", args.real_data, args.real),
                                       ("synthetic", "triplets", args.data, args.triplets)):
-        dataset, length = open_data(source, kind, count, 800, clip, args, encoder, args.out / kind)
+        dataset, length = open_data(source, kind, count, 1600, clip, args, encoder, args.out / kind)
         if name == "synthetic" and args.synthetic == "image":
             if isinstance(dataset, Cache):
                 raise BadInput(f"--synthetic image draws a frame of each video, which the cache {source} does not hold: give the "
@@ -140,11 +140,13 @@ def run(args: argparse.Namespace) -> None:
     weights = checkpoint.need(folder, "transformer")
     for stage in stages:
         out = args.out / stage.name
+        # Of another look than the image's, real videos alone teach nothing.
+        shown = ToyTest(args.seed) if isinstance(held_out, ToyTest) and stage.p == 0 else held_out
         settings = settings_of(args, stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights))
         if (out / "transformer").is_dir():  # it has come to its end before
             if (out / "settings.json").exists():  # else another run has handed it on
                 check_settings(checkpoint.read_json(out / "settings.json"), settings, out)
-        elif not train_stage(stage, weights, out, settings, args, ranks, folder, encoder, streams, held_out,
+        elif not train_stage(stage, weights, out, settings, args, ranks, folder, encoder, streams, shown,
                              {**image, "design": args.design}):
             return  # stopped by a signal
         weights = out / "transformer"
