@@ -37,6 +37,7 @@ import motion
 import prompts
 import sample
 import world
+from ablations import ABLATIONS
 from checkpoint import BadInput, exit_status
 from data import ToyTest
 from pipeline import read_scales, read_schedule
@@ -330,13 +331,13 @@ def sheet(args: argparse.Namespace) -> None:
 
 
 def ablate(args: argparse.Namespace) -> None:
-    import ablations  # it stands on this file
+    import run_ablations  # it stands on this file
 
-    if args.name not in ablations.ABLATIONS:
-        raise BadInput(f"There is no ablation {args.name}; there are {', '.join(ablations.ABLATIONS)}.")
+    if args.name not in ABLATIONS:
+        raise BadInput(f"There is no ablation {args.name}; there are {', '.join(ABLATIONS)}.")
     if args.seeds < 1 or args.count < 1:
         raise BadInput(f"--seeds {args.seeds} and --count {args.count}: choose 1 or more.")
-    ablations.ablate(args)
+    run_ablations.run(args)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import ablations
 import evaluate
 import figures
 import sample
 import toy_networks
 import train_sugar
 import train_switch
-from ablations import ABLATIONS, Finding, over_seeds, verdict
+from ablations import ABLATIONS, SCORES, Finding
+from run_ablations import difference, no_verdict, over_seeds, parsed, trained, verdict
 
 
 @pytest.mark.parametrize("name", list(ABLATIONS))
@@ -26,7 +26,7 @@ def test_flags_and_findings_are_known(name):
     assert ablation.control in ablation.variants
     for finding in ablation.findings:
         assert {finding.more, finding.less} <= ablation.variants.keys() and finding.more != finding.less
-        assert finding.score in ablations.SCORES and finding.at in ("", *ablations.SCORES) and (not finding.at or len(ablation.sweep) > 1)
+        assert finding.score in SCORES and finding.at in ("", *SCORES) and (not finding.at or len(ablation.sweep) > 1)
     assert len({(v.train, v.sample) for v in ablation.variants.values()}) == len(ablation.variants)
 
 
@@ -64,11 +64,11 @@ def test_lines_are_compared_at_the_same_level(seed):
     shape = lambda level: 1 - 2 * level
     line = lambda levels, above: [{"dino_i": level, "movement": shape(level) + above} for level in np.random.default_rng(seed).permutation(levels)]
     more, less = line([0.5, 0.7, 0.9], 0.3), line([0.1, 0.4, 0.6], 0.0)
-    assert ablations.difference(Finding("", "movement", "a", "b", at="dino_i"), more, less) == pytest.approx(0.3)
-    assert ablations.difference(Finding("", "movement", "a", "b"), more, less) < 0
+    assert difference(Finding("", "movement", "a", "b", at="dino_i"), more, less) == pytest.approx(0.3)
+    assert difference(Finding("", "movement", "a", "b"), more, less) < 0
     apart = Finding("a claim", "movement", "a", "b", at="dino_i")
     far = line([0.95, 0.99], 0.0)
-    assert np.isnan(ablations.difference(apart, far, less))
+    assert np.isnan(difference(apart, far, less))
     assert "no verdict (no common level of DINO-I)" in verdict(apart, {"a": [far] * 3, "b": [less] * 3}, 64, "")
     assert "not measured" in verdict(Finding("", "clip_t", "a", "b"), {"a": [[{"clip_t": None}]] * 3, "b": [[{}]] * 3}, 64, "")
 
@@ -76,7 +76,7 @@ def test_lines_are_compared_at_the_same_level(seed):
 def test_a_short_run_or_one_that_has_learnt_nobody_gives_no_verdict(tmp_path):
     toy_networks.init(tmp_path / "toy")
     usual = {"count": 64, "sampling_steps": 25, "seeds": 3, "quick": False, "train": "", "model": tmp_path / "toy", "out": tmp_path, "device": None}
-    reason = lambda identity=0.5, **more: ablations.no_verdict(
+    reason = lambda identity=0.5, **more: no_verdict(
         ABLATIONS["switch-cls"], {"with <cls>": [[{"identity": identity}]] * 3}, SimpleNamespace(**usual | more))
     assert reason() == "" and reason(train="--steps 5000") == ""
     assert "fewer than 3 seeds" in reason(seeds=2) and "--quick" in reason(quick=True)
@@ -87,9 +87,9 @@ def test_a_short_run_or_one_that_has_learnt_nobody_gives_no_verdict(tmp_path):
 def test_what_a_run_depends_on_tells_it_apart(tmp_path):
     toy_networks.init(tmp_path / "toy")
     args = SimpleNamespace(model=tmp_path / "toy", out=tmp_path, device=None)
-    name = lambda flags: ablations.parsed("sugar", flags, 0, args)[0].out
+    name = lambda flags: parsed("sugar", flags, 0, args)[0].out
     assert name("--p 0.5 --strategy tsf") == name("--strategy tsf") != name("--strategy ts")
-    mixed, staged = (ablations.parsed("sugar", f"--strategy {strategy}", 0, args)[0] for strategy in ("mix", "tsf"))
+    mixed, staged = (parsed("sugar", f"--strategy {strategy}", 0, args)[0] for strategy in ("mix", "tsf"))
     assert mixed.steps == 2 * staged.steps  # which has two stages
     before = name("")
     file = tmp_path / "toy" / "dino" / "model.safetensors"
@@ -105,7 +105,7 @@ def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys)
     assert evaluate.main(command("switch-cls")) == 0
     out = tmp_path / "out" / "quick"
     text = (out / "switch-cls.md").read_text()
-    assert "| without <cls> | " in text and text.count("no verdict (--quick)") == 4 and "mean nothing" in text and "8 steps at" in text
+    assert "| without <cls> | " in text and text.count("no verdict (--quick)") == len(ABLATIONS["switch-cls"].findings) and "mean nothing" in text and "8 steps at" in text
     assert (out / "switch-cls.png").exists()
     runs = [json.loads(file.read_text())["flags"] for file in out.glob("switch-*/done.json")]
     assert len(runs) == 2 and any(flags.startswith("--no-cls") for flags in runs)
@@ -122,7 +122,7 @@ def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys)
     assert made == {file: file.stat().st_mtime_ns for file in out.glob("*/videos-*/videos/*.mp4")}
     args = evaluate.parse(command("switch-t2v"))
     args.out, args.count = out, 2
-    assert ablations.trained("switch", ABLATIONS["switch-t2v"].variants["I2V"], 0, args).is_dir()
+    assert trained("switch", ABLATIONS["switch-t2v"].variants["I2V"], 0, args).is_dir()
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert evaluate.main(command("switch-cls")) == 2
 
