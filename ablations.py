@@ -1,5 +1,5 @@
-"""The papers' ablations on the toy, as a table: which trainings each compares, what its picture shows, and what the paper found. run_ablations.py
-runs them."""
+"""The papers' ablations on the toy, as a table: which trainings each compares, what its picture shows, and what the paper found.
+run_ablations.py runs them."""
 
 from dataclasses import dataclass
 
