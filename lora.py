@@ -76,17 +76,23 @@ class LoRA:
         return self.base(x).add_(self.update(x))  # in place: no backward pass asks for what the base gave
 
 
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """dropout(x): the same elements for the same seed."""
+    kept = torch.empty_like(x).bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
+    return kept.mul_(x).mul_(1 / max(1 - p, 1e-9))  # at p = 1 nothing is left
+
+
 class LoRAProduct(torch.autograd.Function):
-    """y = W g + b + s B A g for g = x or, with `gelu`, GELU(x), whose weight and bias do not learn. By itself autograd would keep g
-    beside x, and make the gradient of g twice, through W and through A, to add the two."""
+    """y = W g + b + s B A dropout(g) for g = x or, with `gelu`, GELU(x), whose weight and bias do not learn. By itself autograd would keep
+    g and what dropout left of it beside x, and make the gradient of g twice, through W and through A, to add the two."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, gelu: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, gelu: bool, p: float) -> Tensor:
         """x [n, in] -> y [n, out]"""
+        ctx.s, ctx.gelu, ctx.p, ctx.seed = s, gelu, p, int(torch.randint(2**62, ())) if p else 0
         g = F.gelu(x, approximate="tanh") if gelu else x
-        low = g @ A.t()  # [n, rank]
+        low = (dropped(g, p, ctx.seed) if p else g) @ A.t()  # [n, rank]
         ctx.save_for_backward(x, weight, A, B, low)
-        ctx.s, ctx.gelu = s, gelu
         return F.linear(g, weight, bias).addmm_(low, B.t(), alpha=s)  # the update is never there by itself
 
     @staticmethod
@@ -94,14 +100,16 @@ class LoRAProduct(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, low = ctx.saved_tensors
         g = F.gelu(x, approximate="tanh") if ctx.gelu else x
+        g = dropped(g, ctx.p, ctx.seed) if ctx.p else g
         d_low = ctx.s * (dy @ B)  # [n, rank]
         dA, dB, dx = d_low.t() @ g, ctx.s * (dy.t() @ low), None
         del g
         if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(d_low, A)
+            dx = dy @ weight
+            dx = dx.add_(dropped(d_low @ A, ctx.p, ctx.seed)) if ctx.p else dx.addmm_(d_low, A)
             if ctx.gelu:
                 dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
-        return dx, None, None, dA, dB, None, None
+        return dx, None, None, dA, dB, None, None, None
 
 
 class LoRALinear(LoRA, nn.Linear):
@@ -110,13 +118,13 @@ class LoRALinear(LoRA, nn.Linear):
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """gelu: the layer is fed GELU(x), which is not kept for the backward pass."""
         x, shape = x.flatten(0, -2), x.shape[:-1]
-        A, B = self.lora_A.weight, self.lora_B.weight
-        if (self.training and self.lora_dropout.p > 0) or torch.compiler.is_compiling() or self.weight.requires_grad:
+        A, B, p = self.lora_A.weight, self.lora_B.weight, self.lora_dropout.p if self.training else 0.0
+        if torch.compiler.is_compiling() or self.weight.requires_grad:
             x = F.gelu(x, approximate="tanh") if gelu else x
             low = self.low(x)
             y = self.base(x).addmm_(low, B.t(), alpha=self.lora_scale)
         else:
-            y = LoRAProduct.apply(x, self.weight, self.bias, A, B, self.lora_scale, gelu)
+            y = LoRAProduct.apply(x, self.weight, self.bias, A, B, self.lora_scale, gelu, p)
         return y.unflatten(0, shape)
 
 

@@ -134,8 +134,8 @@ def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 51
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its address would be used again
         return tensor
 
-    x, lengths = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True), (tokens // 4, tokens // 4, tokens // 2)
-    turn = torch.zeros(tokens // 2, dim // block.attn1.heads)
+    x, few = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True), tokens // 16
+    lengths, turn = (few, few, tokens - 2 * few), torch.zeros(tokens - few, dim // block.attn1.heads)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         block(x, lengths, torch.randn(1, emb_dim, dtype=torch.bfloat16), turn, None, None, None)
     return sum(size for size, _ in kept.values()) / tokens

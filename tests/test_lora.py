@@ -152,7 +152,26 @@ def test_the_backward_pass_by_hand_is_the_derivative(gelu, bias, grad):
     assert all(relative_error(one, other) < 1e-12 for one, other in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("tokens", [None, slice(3, 5)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_backward_pass_with_dropout_is_the_derivative(gelu, seed):
+    layer = torch.nn.Linear(6, 7).double()
+    inject(torch.nn.ModuleDict({"to_q": layer}), rank=3, alpha=2.0, dropout=0.4)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    x, kept = torch.randn(2, 5, 6).double().requires_grad_(), []
+
+    def forward(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(seed)  # what is dropped follows from it
+        return torch.func.functional_call(layer, {"lora_A.weight": A, "lora_B.weight": B}, (x, gelu))
+
+    assert torch.autograd.gradcheck(forward, (x, layer.lora_A.weight, layer.lora_B.weight))
+    for i in range(200):  # on average it is what it is without dropout
+        torch.manual_seed(seed + i)
+        kept.append(layer(x, gelu))
+    assert not torch.equal(kept[0], kept[1])
+    assert relative_error(torch.stack(kept).mean(0), layer.eval()(x, gelu)) < 0.2
+
+
+@pytest.mark.parametrize("tokens", [slice(0, 7), slice(3, 5)])
 def test_the_backward_pass_drops_what_the_forward_pass_dropped(tokens, seed):
     layer, x = torch.nn.Linear(6, 10), torch.randn(2, 7, 6, requires_grad=True)
     inject(torch.nn.ModuleDict({"to_q": layer}), rank=3, alpha=2.0, dropout=0.4)
@@ -160,9 +179,8 @@ def test_the_backward_pass_drops_what_the_forward_pass_dropped(tokens, seed):
     A, B, somebody_else, grads = layer.lora_A.weight, layer.lora_B.weight, torch.randn(5), []
 
     def by_hand(x: torch.Tensor) -> torch.Tensor:
-        part = slice(0, 7) if tokens is None else tokens
-        update = 2.0 / 3 * torch.nn.functional.dropout(x[:, part], 0.4) @ A.T @ B.T
-        return layer.base(x) + torch.nn.functional.pad(update, (0, 0, part.start, 7 - part.stop))
+        update = 2.0 / 3 * torch.nn.functional.dropout(x[:, tokens], 0.4) @ A.T @ B.T
+        return layer.base(x) + torch.nn.functional.pad(update, (0, 0, tokens.start, 7 - tokens.stop))
 
     for forward in (layer.train() and (lambda x: on_tokens(layer, x, tokens)), by_hand):
         torch.manual_seed(seed)
