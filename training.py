@@ -160,7 +160,8 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim), 2 * config.dim
     each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
     kept = each * config.num_layers + (one if args.recompute else 0)
-    whole, largest = (2 * sum(p.numel() for p in part.parameters()) for part in (model, block))  # in bfloat16
+    gathered = lambda part: 2 * sum(p.numel() for p in part.parameters() if p.requires_grad or world > 1)  # in bfloat16
+    whole, largest = gathered(model), gathered(block)
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
     parts = {"frozen encoders, on every rank": encoders, "weights, sharded": weights / world,
