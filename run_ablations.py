@@ -203,8 +203,9 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
         low_enough, high_enough = low > -finding.margin, high < -finding.margin
         said = "holds" if low_enough else "does not hold: the opposite was measured" if high_enough else "undecided"
     where = f", at the same {TITLES[finding.at]}" if finding.at else ""
-    return (f"| {finding.claim} | {TITLES[finding.score]}: {finding.more} minus {finding.less}{where} = {mean:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}]{f', margin {finding.margin}' if finding.margin else ''} | {said} |")
+    within = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
+    margin = f", margin {finding.margin}" if finding.margin else ""
+    return f"| {finding.claim} | {TITLES[finding.score]}: {finding.more} minus {finding.less}{where} = {mean:+.3f}{within}{margin} | {said} |"
 
 
 def run(args) -> None:
