@@ -120,15 +120,16 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
 def bars(values: dict[str, dict[str, Interval]], title: str, height: int = 220) -> Image.Image:
     """A group of bars for each score, {score: {name: interval}}, each score on its own scale from 0 to its largest."""
     names = list(dict.fromkeys(name for group in values.values() for name in group))
-    bar, gap, left, top = 26, 34, 20, 60 + 16 * len(names)
-    image = Image.new("RGB", (left + len(values) * (len(names) * bar + gap) + gap, top + height + 40), "white")
+    bar, left, top = 26, 20, 60 + 16 * len(names)
+    wide = [max(len(names) * bar, round(font(12).getlength(score))) + 20 for score in values]
+    image = Image.new("RGB", (left + sum(wide), top + height + 40), "white")
     draw = ImageDraw.Draw(image)
     draw.text((left, 10), title, fill=INK, font=font(15))
     for number, name in enumerate(names):
         draw.rectangle((left, 38 + 16 * number, left + 10, 48 + 16 * number), fill=COLOURS[number % len(COLOURS)])
         draw.text((left + 16, 43 + 16 * number), name, fill=INK, font=font(12), anchor="lm")
     for group, (score, of) in enumerate(values.items()):
-        start, largest = left + group * (len(names) * bar + gap), max([x for v in of.values() for x in v if np.isfinite(x)] + [1e-9])
+        start, largest = left + sum(wide[:group]), max([x for v in of.values() for x in v if np.isfinite(x)] + [1e-9])
         draw.text((start, top + height + 8), score, fill=INK, font=font(12))
         for number, name in enumerate(names):
             mean, low, high = of.get(name, (np.nan,) * 3)
@@ -137,5 +138,5 @@ def bars(values: dict[str, dict[str, Interval]], title: str, height: int = 220) 
                 draw.rectangle((x, rise(mean), x + bar - 6, top + height), fill=COLOURS[number % len(COLOURS)])
                 if np.isfinite([low, high]).all():
                     draw.line((x + bar / 2 - 3, rise(low), x + bar / 2 - 3, rise(high)), fill=INK, width=2)
-                draw.text((x, rise(mean) - 3), f"{mean:.2f}", fill=INK, font=font(10), anchor="ls")
+                draw.text((x, rise(np.nanmax([mean, high])) - 3), f"{mean:.2f}", fill=INK, font=font(10), anchor="ls")
     return image
