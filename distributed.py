@@ -149,8 +149,8 @@ def leave(status: int) -> NoReturn:
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16,
           recompute: str | None = None, compiled: bool = False) -> FSDPModule:
     """FSDP2: each block is gathered for its own forward and backward pass only; where the whole model is small, once for both.
-    Parameters stay float32, are gathered and computed with in `dtype`, and gradients are averaged over ranks in float32. Where there is
-    a single rank, what is frozen and of that type already is neither: it would only be copied.
+    Parameters keep their type, are gathered and computed with in `dtype`, and gradients are averaged over ranks in float32. A single rank
+    uses what is frozen and of that type already as it lies: to gather it would only copy it.
 
     recompute: activation checkpointing, see recompute_blocks().
     compiled: torch.compile, block by block, so that one compilation serves them all.
@@ -160,10 +160,10 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
     if recompute:
         recompute_blocks(blocks, recompute == "keep-attention")
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    there = {p for p in model.parameters() if ranks.world == 1 and not p.requires_grad and p.dtype == dtype}
-    large = sum(p.numel() for p in model.parameters() if p not in there) * dtype.itemsize > SMALL
+    as_it_lies = {p for p in model.parameters() if ranks.world == 1 and not p.requires_grad and p.dtype == dtype}
+    large = sum(p.numel() for p in model.parameters() if p not in as_it_lies) * dtype.itemsize > SMALL
     for block in blocks:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=large, ignored_params=there)
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=large, ignored_params=as_it_lies)
     for block, following in zip(blocks, blocks[1:]):  # gathered while the block before computes
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
@@ -171,7 +171,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
     if ranks.sequence > 1:
         mesh = init_device_mesh(ranks.device.type, (ranks.world // ranks.sequence, ranks.sequence), mesh_dim_names=("data", "sequence"))
         split_sequence(model, mesh["sequence"])
-    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=there)
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=as_it_lies)
 
 
 def reshard(model: nn.Module) -> None:

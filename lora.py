@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from checkpoint import BadInput, read_header, replace_when_whole, some
 
@@ -64,10 +63,8 @@ class LoRA:
         return super().forward(x)
 
     def low(self, x: Tensor) -> Tensor:
-        """A dropout(x). The backward pass drops the same once more: to keep what was left of x would take x's size for each layer."""
-        low = lambda x: self.lora_A(self.lora_dropout(x))
-        again = self.training and self.lora_dropout.p > 0 and not torch.compiler.is_compiling()
-        return checkpoint(low, x, use_reentrant=False) if again else low(x)
+        """A dropout(x)"""
+        return self.lora_A(self.lora_dropout(x))
 
     def update(self, x: Tensor) -> Tensor:
         return self.lora_B(self.lora_scale * self.low(x))
@@ -77,8 +74,9 @@ class LoRA:
 
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """dropout(x): the same elements for the same seed."""
-    kept = torch.empty_like(x).bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
+    """dropout(x): the same elements for the same seed, however x lies in memory."""
+    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    kept.bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
     return kept.mul_(x).mul_(1 / max(1 - p, 1e-9))  # at p = 1 nothing is left
 
 
@@ -118,8 +116,9 @@ class LoRALinear(LoRA, nn.Linear):
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """gelu: the layer is fed GELU(x), which is not kept for the backward pass."""
         x, shape = x.flatten(0, -2), x.shape[:-1]
-        A, B, p = self.lora_A.weight, self.lora_B.weight, self.lora_dropout.p if self.training else 0.0
-        if torch.compiler.is_compiling() or self.weight.requires_grad:
+        A, B, p = self.lora_A.weight, self.lora_B.weight, self.lora_dropout.p if self.lora_dropout.training else 0.0
+        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if learns or torch.compiler.is_compiling():  # a compiler sees for itself what is cheaper to compute again
             x = F.gelu(x, approximate="tanh") if gelu else x
             low = self.low(x)
             y = self.base(x).addmm_(low, B.t(), alpha=self.lora_scale)
@@ -141,8 +140,9 @@ def on_tokens(layer: nn.Module, x: Tensor, tokens: slice | None) -> Tensor:
     """layer(x) for x [B, L, d], its LoRA (where it has one) only on `tokens` of the sequence; None means on all."""
     if tokens is None or not isinstance(layer, LoRA):
         return layer(x)
-    y = layer.base(x)
-    y[:, tokens].add_(layer.update(x[:, tokens]))
+    y, part = layer.base(x), x[:, tokens]
+    part = part.clone() if torch.is_grad_enabled() else part  # for the backward pass, which would else keep all of x
+    y[:, tokens].add_(layer.update(part))
     return y
 
 

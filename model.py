@@ -210,7 +210,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, lora: slice | None) -> Tensor:
         inner = on_tokens(self.net[0].proj, x, lora)
-        if lora is None and isinstance(self.net[2], LoRALinear) and torch.is_grad_enabled():
+        if lora is None and isinstance(self.net[2], LoRALinear) and torch.is_grad_enabled():  # which then need not be kept
             return self.net[2](inner, gelu=True)
         # The largest tensor of all: fresh memory for it would take longer than the function itself.
         inner = (torch.ops.aten.gelu_ if in_place() else F.gelu)(inner, approximate="tanh")
@@ -239,8 +239,8 @@ class Block(nn.Module):
 
 
 def split(x: Tensor, lengths: Lengths) -> list[Tensor]:
-    """The text's, the reference's and the video's part of x. What Switch trains keeps the reference's for the backward pass: as a part of
-    x it would keep all of x."""
+    """The text's, the reference's and the video's part of x, the reference's copied: Switch learns its shifts, scales and gates, so the
+    backward pass keeps what they are applied to, and a mere view would keep all of x."""
     text, reference, video = x.split(lengths, dim=1)
     return [text, reference if in_place() else reference.clone(), video]
 

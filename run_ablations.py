@@ -205,7 +205,8 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
     where = f", at the same {TITLES[finding.at]}" if finding.at else ""
     within = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
     margin = f", margin {finding.margin}" if finding.margin else ""
-    return f"| {finding.claim} | {TITLES[finding.score]}: {finding.more} minus {finding.less}{where} = {mean:+.3f}{within}{margin} | {said} |"
+    measured = f"{TITLES[finding.score]}: {finding.more} minus {finding.less}{where} = {mean:+.3f}{within}{margin}"
+    return f"| {finding.claim} | {measured} | {said} |"
 
 
 def run(args) -> None:

@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
         p.add_argument(f"--drop-{name}", type=float, default=probability,
                        help=f"probability that {name} is null, for guidance (default: %(default)s)")
-    Options.add_to(p, out=Path("runs/sugar"), steps=1800, lr=2e-3, warmup=50, micro_batch=16, validate_every=300, validate_count=8)
+    Options.add_to(p, out=Path("runs/sugar"), steps=1800, lr=2e-3, warmup=50, micro_batch=16, validate_count=8)
     return p.parse_args(argv)
 
 
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
     weights = checkpoint.need(folder, "transformer")
     for stage in stages:
         out = args.out / stage.name
-        # Of another look than the image's, real videos alone teach nothing.
+        # Real videos alone teach no other look than the image's.
         shown = ToyTest(args.seed) if isinstance(held_out, ToyTest) and stage.p == 0 else held_out
         settings = settings_of(args, stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights))
         if (out / "transformer").is_dir():  # it has come to its end before

@@ -124,8 +124,9 @@ def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
         check_compiler(ranks.device.type)
 
 
-def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 512) -> float:
-    """Bytes that autograd keeps of one block for each token: counted, by running the block (on the CPU, in bfloat16)."""
+def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, reference: int, adapted: bool, tokens: int = 512) -> float:
+    """Bytes that autograd keeps of one block for each token: counted, by running the block (on the CPU, in bfloat16). reference: how many
+    of the tokens are its; adapted: whether LoRAs act on these alone."""
     kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
@@ -134,10 +135,11 @@ def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, tokens: int = 51
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its address would be used again
         return tensor
 
-    x, few = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True), tokens // 16
-    lengths, turn = (few, few, tokens - 2 * few), torch.zeros(tokens - few, dim // block.attn1.heads)
+    x, text = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True), tokens // 16
+    lengths, turn = (text, reference, tokens - text - reference), torch.zeros(tokens - text, dim // block.attn1.heads)
+    lora = slice(text, text + reference) if adapted else None
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        block(x, lengths, torch.randn(1, emb_dim, dtype=torch.bfloat16), turn, None, None, None)
+        block(x, lengths, torch.randn(1, emb_dim, dtype=torch.bfloat16), turn, None, None, lora)
     return sum(size for size, _ in kept.values()) / tokens
 
 
@@ -157,10 +159,12 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
-    one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim), 2 * config.dim
+    reference, adapted = 0 if config.sugar else 36, getattr(args, "lora_tokens", "all") == "reference"  # one of 14 latent frames
+    one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim, reference, adapted), 2 * config.dim
     each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
     kept = each * config.num_layers + (one if args.recompute else 0)
-    gathered = lambda part: 2 * sum(p.numel() for p in part.parameters() if p.requires_grad or world > 1)  # in bfloat16
+    lies = world == 1 and args.dtype == "bf16"  # and what is frozen is used as it lies
+    gathered = lambda part: 2 * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
     whole, largest = gathered(model), gathered(block)
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch

@@ -22,7 +22,7 @@ from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
 from diffusion import alpha_bar_schedule
 from distributed import local
-from lora import Adapter
+from lora import Adapter, inject
 from model import Config, Transformer
 from resume import bounds
 from training import Options, generator, learning_rate, train
@@ -170,11 +170,17 @@ class Attentions(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("recompute", ["all", "keep-attention"])
-def test_recomputed_activations_give_the_same_gradients(recompute):
+@pytest.mark.parametrize("adapted", [None, "all", "reference"])
+def test_recomputed_activations_give_the_same_gradients(recompute, adapted):
+    """Also with a LoRA, on all tokens or on the reference's, when what is frozen is no part of FSDP2."""
     model, given = Transformer(Config(**VARIANTS["5b"])), dict(
-        x=torch.randn(1, 3, 16, 8, 8), t=torch.tensor([500]), text=torch.randn(1, 10, 32))
+        x=torch.randn(1, 3, 16, 8, 8), t=torch.tensor([500]), text=torch.randn(1, 10, 32), reference=torch.randn(1, 16, 8, 8))
+    if adapted:
+        randomize(model).requires_grad_(False)
+        inject(model, rank=3, dropout=0.0)
+        randomize(model).set_lora_tokens("reference", adapted)
     model(**given).square().mean().backward()
-    expected = {key: p.grad.clone() for key, p in model.named_parameters()}
+    expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     ranks = distributed.start("cpu")
     distributed.shard(model, list(model.transformer_blocks), ranks, torch.float32, recompute)
@@ -182,8 +188,8 @@ def test_recomputed_activations_give_the_same_gradients(recompute):
     with Attentions() as attentions:
         loss.backward()
     assert attentions.count == (0 if recompute == "keep-attention" else len(model.transformer_blocks))
-    for key, p in model.named_parameters():
-        assert relative_error(p.grad.to_local(), expected[key]) < 1e-4 or expected[key].norm() < 1e-6, key
+    for key, gradient in expected.items():
+        assert relative_error(model.get_parameter(key).grad.to_local(), gradient) < 1e-4 or gradient.norm() < 1e-6, key
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
