@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,4 +142,5 @@ def listing(*lines: dict) -> None:
 
 def script(arguments: str, **environment) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "sample.py"), "--model", "toy", "--device", "cpu", *shlex.split(arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment})
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets what it starts in the background ignore it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}, preexec_fn=heard)
