@@ -75,6 +75,8 @@ class LoRA:
 
 def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """dropout(x): the same elements for the same seed, however x lies in memory."""
+    if not p:
+        return x
     kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kept.bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
     return kept.mul_(x).mul_(1 / max(1 - p, 1e-9))  # at p = 1 nothing is left
@@ -89,7 +91,7 @@ class LoRAProduct(torch.autograd.Function):
         """x [n, in] -> y [n, out]"""
         ctx.s, ctx.gelu, ctx.p, ctx.seed = s, gelu, p, int(torch.randint(2**62, ())) if p else 0
         g = F.gelu(x, approximate="tanh") if gelu else x
-        low = (dropped(g, p, ctx.seed) if p else g) @ A.t()  # [n, rank]
+        low = dropped(g, p, ctx.seed) @ A.t()  # [n, rank]
         ctx.save_for_backward(x, weight, A, B, low)
         return F.linear(g, weight, bias).addmm_(low, B.t(), alpha=s)  # the update is never there by itself
 
@@ -98,7 +100,7 @@ class LoRAProduct(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, low = ctx.saved_tensors
         g = F.gelu(x, approximate="tanh") if ctx.gelu else x
-        g = dropped(g, ctx.p, ctx.seed) if ctx.p else g
+        g = dropped(g, ctx.p, ctx.seed)
         d_low = ctx.s * (dy @ B)  # [n, rank]
         dA, dB, dx = d_low.t() @ g, ctx.s * (dy.t() @ low), None
         del g

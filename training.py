@@ -124,9 +124,9 @@ def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
         check_compiler(ranks.device.type)
 
 
-def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, reference: int, adapted: bool, tokens: int = 512) -> float:
-    """Bytes that autograd keeps of one block for each token: counted, by running the block (on the CPU, in bfloat16). reference: how many
-    of the tokens are its; adapted: whether LoRAs act on these alone."""
+def kept_for_backward(block: nn.Module, config, lora_tokens: str, tokens: int = 512) -> float:
+    """Bytes that autograd keeps of one block for each token: counted, by running the block (on the CPU, in bfloat16). lora_tokens: on
+    whom its LoRAs act, "all" or "reference"."""
     kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
@@ -135,11 +135,12 @@ def kept_for_backward(block: nn.Module, dim: int, emb_dim: int, reference: int, 
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its address would be used again
         return tensor
 
-    x, text = torch.randn(1, tokens, dim, dtype=torch.bfloat16, requires_grad=True), tokens // 16
-    lengths, turn = (text, reference, tokens - text - reference), torch.zeros(tokens - text, dim // block.attn1.heads)
-    lora = slice(text, text + reference) if adapted else None
+    x = torch.randn(1, tokens, config.dim, dtype=torch.bfloat16, requires_grad=True)
+    text, reference = tokens // 16, 0 if config.sugar else tokens // 14  # one of 14 latent frames
+    lengths, turn = (text, reference, tokens - text - reference), torch.zeros(tokens - text, config.attention_head_dim)
+    lora = slice(text, text + reference) if lora_tokens == "reference" else None
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        block(x, lengths, torch.randn(1, emb_dim, dtype=torch.bfloat16), turn, None, None, lora)
+        block(x, lengths, torch.randn(1, config.time_embed_dim, dtype=torch.bfloat16), turn, None, None, lora)
     return sum(size for size, _ in kept.values()) / tokens
 
 
@@ -159,8 +160,7 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
-    reference, adapted = 0 if config.sugar else 36, getattr(args, "lora_tokens", "all") == "reference"  # one of 14 latent frames
-    one, inputs = kept_for_backward(block, config.dim, config.time_embed_dim, reference, adapted), 2 * config.dim
+    one, inputs = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")), 2 * config.dim
     each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
     kept = each * config.num_layers + (one if args.recompute else 0)
     lies = world == 1 and args.dtype == "bf16"  # and what is frozen is used as it lies
