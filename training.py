@@ -241,7 +241,9 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
 
     def look() -> None:
         model.eval()
+        swap(trained, average)  # what is shown is what a run that ended here would hand on
         validate(state.step)
+        swap(trained, average)
         reshard(model)
 
     def due() -> bool:
@@ -306,11 +308,17 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         stopped = ranks.any(stop.asked)  # be it after the last step: there may be another stage
     if ranks.first and stopped:
         print(f"stopped by a signal after step {saved}; the same command goes on from there", file=sys.stderr)
-    if average:  # the averaged weights are what a finished run hands on
-        with torch.no_grad():
-            for key, mean in average.items():
-                trained[key].copy_(mean)
+    swap(trained, average)  # a finished run hands on the averaged weights
     return not stopped
+
+
+@torch.no_grad()
+def swap(trained: dict[str, Tensor], average: dict[str, Tensor]) -> None:
+    """The weights and their averages, where there are any, change places."""
+    for key, mean in average.items():
+        weight = trained[key].clone()
+        trained[key].copy_(mean)
+        mean.copy_(weight)
 
 
 def state_tensors(trained: dict[str, Tensor], held: dict[str, Tensor], optimizer: torch.optim.AdamW,

@@ -267,9 +267,9 @@ class Small(torch.nn.Module):
         return (self.weight * torch.tensor([1.0, -2.0, positions[0]])).sum() * (action if isinstance(action, float) else 1.0)
 
 
-def loop(model: Small, out: Path, **options) -> bool:
+def loop(model: Small, out: Path, validate=lambda step: None, **options) -> bool:
     options = Options(out=out, **{"steps": 6, "lr": 0.1, "validate_count": 0, "save_every": 2, **options})
-    return train(model, options, distributed.start("cpu"), lambda step: ("stream", 1), model.loss, lambda step: None, {})
+    return train(model, options, distributed.start("cpu"), lambda step: ("stream", 1), model.loss, validate, {})
 
 
 def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
@@ -284,14 +284,17 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
 
 
 def test_the_average_of_the_weights_is_handed_on_and_resumed(tmp_path):
-    whole = Small()
-    assert loop(whole, tmp_path / "whole", ema=0.9)
+    whole, shown = Small(), []
+    assert loop(whole, tmp_path / "whole", lambda step: shown.append(whole.weight.detach().clone()), ema=0.9, validate_count=1,
+                validate_every=1)
     free = Small()
     loop(free, tmp_path / "free")
-    mean = free.seen[0]
+    means = free.seen[:1]
     for weight in [*free.seen[1:], free.weight.detach()]:
-        mean = 0.9 * mean + 0.1 * weight
-    assert torch.allclose(whole.weight, mean, rtol=1e-6) and not torch.allclose(whole.weight, free.weight)
+        means.append(0.9 * means[-1] + 0.1 * weight)
+    assert torch.allclose(whole.weight, means[-1], rtol=1e-6) and not torch.allclose(whole.weight, free.weight)
+    assert torch.allclose(torch.stack(shown), torch.stack(means), rtol=1e-6)  # and each sheet has shown the average of its step
+    assert torch.equal(torch.stack(whole.seen), torch.stack(free.seen))  # while the run went on from the weights themselves
 
     def die():
         raise KeyboardInterrupt
