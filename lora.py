@@ -82,6 +82,11 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     return kept.mul_(x).mul_(1 / max(1 - p, 1e-9))  # at p = 1 nothing is left
 
 
+def fed(x: Tensor, gelu: bool) -> Tensor:
+    """What a layer is fed: x, or GELU(x)."""
+    return F.gelu(x, approximate="tanh") if gelu else x
+
+
 class LoRAProduct(torch.autograd.Function):
     """y = W g + b + s B A dropout(g) for g = x or, with `gelu`, GELU(x), whose weight and bias do not learn. By itself autograd would keep
     g and what dropout left of it beside x, and make the gradient of g twice, through W and through A, to add the two."""
@@ -90,7 +95,7 @@ class LoRAProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, gelu: bool, p: float) -> Tensor:
         """x [n, in] -> y [n, out]"""
         ctx.s, ctx.gelu, ctx.p, ctx.seed = s, gelu, p, int(torch.randint(2**62, ())) if p else 0
-        g = F.gelu(x, approximate="tanh") if gelu else x
+        g = fed(x, gelu)
         low = dropped(g, p, ctx.seed) @ A.t()  # [n, rank]
         ctx.save_for_backward(x, weight, A, B, low)
         return F.linear(g, weight, bias).addmm_(low, B.t(), alpha=s)  # the update is never there by itself
@@ -99,8 +104,7 @@ class LoRAProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, low = ctx.saved_tensors
-        g = F.gelu(x, approximate="tanh") if ctx.gelu else x
-        g = dropped(g, ctx.p, ctx.seed)
+        g = dropped(fed(x, ctx.gelu), ctx.p, ctx.seed)
         d_low = ctx.s * (dy @ B)  # [n, rank]
         dA, dB, dx = d_low.t() @ g, ctx.s * (dy.t() @ low), None
         del g
@@ -121,7 +125,7 @@ class LoRALinear(LoRA, nn.Linear):
         A, B, p = self.lora_A.weight, self.lora_B.weight, self.lora_dropout.p if self.lora_dropout.training else 0.0
         learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if learns or torch.compiler.is_compiling():  # a compiler sees for itself what is cheaper to compute again
-            x = F.gelu(x, approximate="tanh") if gelu else x
+            x = fed(x, gelu)
             low = self.low(x)
             y = self.base(x).addmm_(low, B.t(), alpha=self.lora_scale)
         else:
