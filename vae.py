@@ -4,8 +4,12 @@ Video passes through in chunks of time: 8 frames when encoding, 2 latents when d
 remainder (8 + 1, 2 + 1). The chunks are part of what the official VAE computes, since its group norms see one chunk at a
 time; between chunks every causal convolution carries its last frames over in `cache`. So memory does not grow with the
 length of the clip.
+
+Where the decoder's frames are large, a chunk is a list of slices, a few frames each, that layers take up and replace one by one: only
+group norms need all of a chunk at once, and of it no more than its mean and variance.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,8 +21,12 @@ import checkpoint
 from attention import in_place
 from checkpoint import BadInput
 
-# The last frames that each causal convolution has seen: what a chunk leaves to the next one.
-Cache = dict[nn.Module, Tensor]
+# The last frames that each causal convolution has seen, [B, C, 1, H, W] each: what a chunk leaves to the next one. None where none will
+# come: a picture's.
+Cache = dict[nn.Module, list[Tensor]] | None
+# A chunk, in slices of time: [B, C, t, H, W] each. Who is handed one uses it up.
+Slices = list[Tensor]
+SLICE = 2**26  # bytes of one, unless a single frame has more
 
 
 @dataclass
@@ -56,24 +64,26 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=(0, kernel // 2, kernel // 2))
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [B, C, T, H, W]
-        if self.past:
-            before = cache.get(self)
-            if before is None and x.shape[2] == 1:  # a picture sees itself throughout time, so the kernel is summed over time
-                conv = self.conv
-                return F.conv2d(x[:, :, 0], conv.weight.sum(dim=2), conv.bias, padding=conv.padding[1:]).unsqueeze(2)
-            if before is None:
-                before = x[:, :, :1].expand(-1, -1, self.past, -1, -1)
-            cache[self] = torch.cat([before[:, :, x.shape[2] :], x[:, :, -self.past :]], dim=2)  # a copy, alone, without the chunk
-            if x.device.type == "cpu" and x.dtype == torch.float32:
-                return self.by_frames(x, before)
-            x = torch.cat([before, x], dim=2)
-            del before  # the chunk before's, and large
+        if self.past and cache is None:  # a picture sees itself throughout time, so the kernel is summed over time
+            conv = self.conv
+            return F.conv2d(x[:, :, 0], conv.weight.sum(dim=2), conv.bias, padding=conv.padding[1:]).unsqueeze(2)
+        if not self.past:
+            return self.conv(x)
+        before = cache.pop(self, None) or self.past * [x[:, :, :1]]
+        kept = x.split(1, dim=2)[-self.past :]
+        if x.shape[2] > 1:  # else x itself is kept
+            kept = [frame.clone() for frame in kept]
+        cache[self] = [*before, *kept][-self.past :]
+        if x.device.type == "cpu" and x.dtype == torch.float32:
+            return self.by_frames(x, before)
+        x = torch.cat([*before, x], dim=2)
+        del before  # which are large
         return self.conv(x)
 
-    def by_frames(self, x: Tensor, before: Tensor) -> Tensor:
+    def by_frames(self, x: Tensor, before: list[Tensor]) -> Tensor:
         """The same as one 2D convolution for each moment of the kernel, added up where they fall: torch has no fast float32 3D
         convolution for the CPU, and the one it has unfolds its input to 27 times the size."""
-        T, x, before = x.shape[2], x.transpose(1, 2).contiguous(), before.transpose(1, 2)  # [B, T, C, H, W]
+        T, x = x.shape[2], x.transpose(1, 2).contiguous()  # [B, T, C, H, W]
 
         def moment(frames: Tensor, lag: int, bias: Tensor | None = None) -> Tensor:
             weight = self.conv.weight[:, :, -1 - lag]
@@ -81,11 +91,30 @@ class CausalConv3d(nn.Module):
 
         out = moment(x, 0, self.conv.bias)
         for lag in range(1, self.past + 1):
-            old, start = min(lag, T), self.past - lag
-            out[:, :old] += moment(before[:, start : start + old], lag)
             if T > lag:
                 out[:, lag:] += moment(x[:, : T - lag], lag)
+            for i, frame in enumerate(before[self.past - lag :][:T]):
+                out[:, i : i + 1] += moment(frame.transpose(1, 2), lag)
         return out.transpose(1, 2).contiguous()
+
+
+class GroupNorm(nn.GroupNorm):
+    def over(self, x: Slices, *_) -> Callable[[int], Tensor]:
+        """The norm of the chunk x, as a function that gives its i-th slice."""
+        if len(x) == 1:
+            return lambda i: self(x[i])
+        wide, (B, C), T = torch.promote_types(x[0].dtype, torch.float32), x[0].shape[:2], frames(x)
+        means, variances = [], []  # of each slice, [B, groups]
+        for part in x:
+            part = part.unflatten(1, (self.num_groups, -1)).flatten(2)
+            means.append(part.mean(dim=2, dtype=wide))
+            variances.append(torch.linalg.vector_norm(part - means[-1].unsqueeze(2), dim=2).square() / part.shape[2])
+        of_all = lambda each: sum(part.shape[2] / T * y for part, y in zip(x, each))
+        mean = of_all(means)
+        variance = of_all(own + (m - mean).square() for own, m in zip(variances, means))
+        each = [y.repeat_interleave(C // self.num_groups, dim=1).flatten() for y in (mean, variance)]  # of B * C channels
+        each += [y.to(wide).repeat(B) for y in (self.weight, self.bias)]
+        return lambda i: F.batch_norm(x[i].flatten(0, 1).unsqueeze(0), *each, eps=self.eps).view_as(x[i])
 
 
 class SpatialNorm(nn.Module):
@@ -93,24 +122,34 @@ class SpatialNorm(nn.Module):
 
     def __init__(self, channels: int, latent_channels: int, groups: int):
         super().__init__()
-        self.norm_layer = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm_layer = GroupNorm(groups, channels, eps=1e-6)
         self.conv_y = CausalConv3d(latent_channels, channels, kernel=1)
         self.conv_b = CausalConv3d(latent_channels, channels, kernel=1)
 
-    def forward(self, f: Tensor, z: Tensor, cache: Cache) -> Tensor:
+    def over(self, f: Slices, z: Tensor, cache: Cache) -> Callable[[int], Tensor]:
+        """The norm of the chunk f, as a function that gives its i-th slice."""
         # A 1x1x1 convolution and nearest upsampling commute, and the latents are the smaller ones. Nor need they be upsampled in
         # height: the rows that share a latent's are multiplied by the same row.
-        scale, shift = (upsample(conv(z, cache), f.shape[2], f.shape[4]).unsqueeze(4) for conv in (self.conv_y, self.conv_b))
-        rows = self.norm_layer(f).unflatten(3, (z.shape[3], -1))  # [B, C, T, h, H / h, W]
-        return torch.addcmul(shift, rows, scale, out=rows if in_place() else None).flatten(3, 4)
+        norm, scale, shift = self.norm_layer.over(f), self.conv_y(z, cache), self.conv_b(z, cache)
+        latents = latent_of(frames(f), z.shape[2])
+        times = torch.tensor(latents, device=z.device).split([part.shape[2] for part in f])
+
+        def normed(i: int) -> Tensor:
+            rows = norm(i).unflatten(3, (z.shape[3], -1))  # [B, C, t, h, H / h, W]
+            s, b = (y[:, :, times[i]].repeat_interleave(rows.shape[5] // z.shape[4], dim=4).unsqueeze(4) for y in (scale, shift))
+            return torch.addcmul(b, rows, s, out=rows if in_place() else None).flatten(3, 4)
+
+        return normed
 
 
-def upsample(z: Tensor, frames: int, width: int) -> Tensor:
-    """Nearest upsampling of z in time and width. In a chunk with a first frame, that frame stands alone in time."""
-    if frames > 1 and frames % 2 == 1:
-        first, rest = z[:, :, :1], z[:, :, 1:]
-        return torch.cat([F.interpolate(first, (1, z.shape[3], width)), F.interpolate(rest, (frames - 1, z.shape[3], width))], dim=2)
-    return F.interpolate(z, (frames, z.shape[3], width))
+def frames(x: Slices) -> int:
+    return sum(part.shape[2] for part in x)
+
+
+def latent_of(frames: int, T: int) -> list[int]:
+    """For each frame of a chunk, which of its T latents is the nearest. A first frame, where there is one, stands alone in time."""
+    first = frames % 2 if frames > 1 else 0
+    return [0] * first + [first + i * (T - first) // (frames - first) for i in range(frames - first)]
 
 
 class ResnetBlock(nn.Module):
@@ -121,21 +160,28 @@ class ResnetBlock(nn.Module):
             self.norm1 = SpatialNorm(in_channels, latent, groups)
             self.norm2 = SpatialNorm(out_channels, latent, groups)
         else:
-            self.norm1 = nn.GroupNorm(groups, in_channels, eps)
-            self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+            self.norm1 = GroupNorm(groups, in_channels, eps)
+            self.norm2 = GroupNorm(groups, out_channels, eps)
         self.conv1 = CausalConv3d(in_channels, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, z: Tensor | None, cache: Cache) -> Tensor:
+    def forward(self, x: Slices, z: Tensor | None, cache: Cache) -> Slices:
         """z: the latents that the decoder's norms read; None in the encoder."""
-        h = self.norm1(x) if z is None else self.norm1(x, z, cache)
-        h = self.conv1(F.silu(h, inplace=in_place()), cache)
-        h = self.norm2(h) if z is None else self.norm2(h, z, cache)
-        h = self.conv2(F.silu(h, inplace=in_place()), cache)
-        x = self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x
-        return h.add_(x) if in_place() else h + x
+        h, normed = [], self.norm1.over(x, z, cache)
+        for i in range(len(x)):
+            part = normed(i)
+            if hasattr(self, "conv_shortcut"):
+                x[i] = self.conv_shortcut(x[i])  # narrower, so before the next convolution takes its memory
+            h.append(self.conv1(F.silu(part, inplace=in_place()), cache))
+            del part
+        normed = self.norm2.over(h, z, cache)
+        for i in range(len(x)):
+            part, h[i] = normed(i), None
+            part = self.conv2(F.silu(part, inplace=in_place()), cache)
+            x[i] = part.add_(x[i]) if in_place() else part + x[i]
+        return x
 
 
 class Downsample(nn.Module):
@@ -146,11 +192,12 @@ class Downsample(nn.Module):
         self.time = time
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor, *_) -> Tensor:
+    def forward(self, x: Slices, *_) -> Slices:
+        [x] = x  # the encoder's chunks are not sliced
         if self.time:
             first, rest = x[:, :, : x.shape[2] % 2], x[:, :, x.shape[2] % 2 :]
             x = torch.cat([first, rest.unflatten(2, (-1, 2)).mean(dim=3)], dim=2) if rest.shape[2] else first
-        return per_frame(lambda frame: self.conv(F.pad(frame, (0, 1, 0, 1))), x)
+        return [torch.stack([self.conv(F.pad(frame, (0, 1, 0, 1))) for frame in x.unbind(2)], dim=2)]
 
 
 class Upsample(nn.Module):
@@ -161,16 +208,18 @@ class Upsample(nn.Module):
         self.time = time
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, *_) -> Tensor:
-        if self.time:
-            first = x.shape[2] % 2
-            x = torch.cat([x[:, :, :first], x[:, :, first:].repeat_interleave(2, dim=2)], dim=2)
-        return per_frame(lambda frame: self.conv(F.interpolate(frame, scale_factor=2.0)), x)
-
-
-def per_frame(f, x: Tensor) -> Tensor:
-    """f, which knows [B, C, H, W], on every frame of x [B, C, T, H, W]."""
-    return torch.stack([f(frame) for frame in x.unbind(2)], dim=2)
+    def forward(self, x: Slices, *_) -> Slices:
+        made, out, alone = [], [], frames(x) % 2  # frames of the next slice; slices; whether the first frame is alone in time
+        for i in range(len(x)):
+            for j, frame in enumerate(x[i].unbind(2)):
+                frame = self.conv(F.interpolate(frame, scale_factor=2.0))  # once for both of its moments
+                made += [frame] * (2 if self.time and not (alone and i == j == 0) else 1)
+                full = SLICE // frame.nbytes or 1
+                while in_place() and len(made) >= full:
+                    out.append(torch.stack(made[:full], dim=2))
+                    del made[:full]
+            x[i] = None
+        return [*out, torch.stack(made, dim=2)] if made else out
 
 
 class Stage(nn.Module):
@@ -207,10 +256,10 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels)
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        x = self.conv_in(x, cache)
+        x = [self.conv_in(x, cache)]
         for layer in layers(*self.down_blocks, self.mid_block):
             x = layer(x, None, cache)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=in_place()), cache)
+        return self.conv_out(F.silu(self.norm_out(x[0]), inplace=in_place()), cache)
 
 
 class Decoder(nn.Module):
@@ -227,10 +276,11 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, z: Tensor, cache: Cache) -> Tensor:
-        x = self.conv_in(z, cache)
+        x = [self.conv_in(z, cache)]
         for layer in layers(self.mid_block, *self.up_blocks):
             x = layer(x, z, cache)
-        return self.conv_out(F.silu(self.norm_out(x, z, cache), inplace=in_place()), cache)
+        normed = self.norm_out.over(x, z, cache)
+        return torch.cat([self.conv_out(F.silu(normed(i), inplace=in_place()), cache) for i in range(len(x))], dim=2)
 
 
 class VAE(nn.Module):
@@ -292,7 +342,7 @@ class VAE(nn.Module):
 
 def in_chunks(x: Tensor, network: nn.Module, chunk: int) -> Tensor:
     """Runs network over x [B, C, T, H, W] `chunk` frames at a time, the first time with the remainder of T."""
-    cache: Cache = {}
+    cache: Cache = None if x.shape[2] == 1 else {}
     ends = range(x.shape[2] % chunk + chunk if x.shape[2] >= chunk else x.shape[2], x.shape[2] + 1, chunk)
     starts = [0, *ends[:-1]]
     return torch.cat([network(x[:, :, start:end], cache) for start, end in zip(starts, ends)], dim=2)
