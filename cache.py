@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from checkpoint import BadInput, exit_status
+from checkpoint import BadInput, at_least, exit_status
 from data import Encoder
 from distributed import Ranks
 
@@ -181,8 +181,7 @@ def run(args: argparse.Namespace) -> None:
     import readers
     from model import read_config
 
-    if args.reference_frames < 1:
-        raise BadInput(f"--reference-frames {args.reference_frames}: choose 1 or more.")
+    at_least(1, args, "reference_frames")
     if args.data is not None and (Path(args.data) / "index.json").exists():
         raise BadInput(f"--data {args.data} is a cache already: give the dataset that it was made of.")
     ranks = distributed.start(args.device)

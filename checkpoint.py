@@ -2,9 +2,11 @@
 safetensors, in one file or in shards with an index. This file knows no network; it reads, checks and writes files.
 """
 
+import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -28,6 +30,14 @@ CLOSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # why a disk t
 
 class BadInput(Exception):
     """Something a person gave cannot work. The message is a sentence: what is wrong, where, and what to do."""
+
+
+def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    """Raises where one of these flags, which are numbers or None, is below `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: choose {least} or more.")
 
 
 def exit_status(run: Callable[[], None], interrupted: str = "interrupted") -> int:

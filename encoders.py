@@ -54,6 +54,8 @@ def load_tokenizer(folder: Path):
     """The tokenizer of transformers in `folder`."""
     from transformers import AutoTokenizer
 
+    if not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")):
+        raise BadInput(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json.")  # AutoTokenizer would make an empty one
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # each tokenizer has its own way to be displeased

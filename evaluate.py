@@ -38,7 +38,7 @@ import prompts
 import sample
 import world
 from ablations import ABLATIONS
-from checkpoint import BadInput, exit_status
+from checkpoint import BadInput, at_least, exit_status
 from data import ToyTest
 from pipeline import read_scales, read_schedule
 from readers import DreamBench
@@ -63,6 +63,8 @@ SETS = {  # which scores a paper prints, as a factor times the share, and its ro
         "chance": (1 / 16, 1 / len(world.MOTIONS), 1 / len(world.BACKGROUNDS), 1 / len(world.LOOKS), *[math.nan] * 5)}),
 }
 
+EXACT = SETS["toy"][0][:5]  # what the world measures
+
 
 # --- generate ---------------------------------------------------------------------------------------------------------
 
@@ -77,6 +79,8 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
     first = {}  # one photograph of each subject, the first by name
     for photograph in DreamBench(args.dreambench).photographs:
         first.setdefault(photograph.subject, photograph)
+    if len(first) != 30:
+        print(f"warning: {args.dreambench} has {len(first)} subjects; the papers' protocols are of 30", file=sys.stderr)
     rows = []
     for number, photograph in enumerate(first.values()):
         for i, text in enumerate(prompts.SUGAR[photograph.kind] if args.set == "sugar" else prompts.SWITCH[photograph.noun]):
@@ -91,9 +95,9 @@ def toy_rows(args: argparse.Namespace) -> list[dict]:
     """Held-out subjects of the toy's world, whose portraits come to lie in DIR/images."""
     looks, rows = tuple(world.LOOKS) if args.looks else ("plain",), []
     for i in range(args.count or 64):
-        example, image = ToyTest(args.seed, looks)[i], args.out / "images" / f"{i:04d}.png"
+        example = ToyTest(args.seed, looks)[i]
         rows.append({"name": f"{example.text}-{i}", "prompt": example.text, "noun": example.noun, "subject": f"{i:04d}",
-                     "kind": "toy", "image": str(image.resolve()), "seed": 1000 * args.seed + i, "toy": [args.seed, looks, i]})
+                     "kind": "toy", "image": f"images/{i:04d}.png", "seed": 1000 * args.seed + i, "toy": [args.seed, looks, i]})
     return rows
 
 
@@ -101,11 +105,17 @@ def save_portraits(out: Path, rows: list[dict]) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
     for row in rows:
         seed, looks, i = row["toy"]
-        media.save_image(ToyTest(seed, looks)[i].image, Path(row["image"]))
+        media.save_image(ToyTest(seed, looks)[i].image, out / row["image"])
+
+
+def subject_of(folder: Path, row: dict) -> Image.Image:
+    return media.on_white(media.open_image(folder / row["image"]))
 
 
 def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
+    at_least(1, args, "count")
+    at_least(0, args, "seed")
     rows, photographs = rows_of(args), None
     if args.set != "toy":
         contents = [Path(image).read_bytes() for image in dict.fromkeys(row["image"] for row in rows)]
@@ -192,7 +202,7 @@ def score(args: argparse.Namespace) -> None:
     args.own = args.own or (Path("checkpoints/toy") if which == "toy" else None)
     scorers = Scorers(ranks.device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
                       args.amt, args.viclip)
-    parts = (args.own, args.raft, args.amt, args.viclip)
+    parts = (args.own, args.raft, args.amt, args.viclip, *(Path(getattr(args, name.replace("-", "_"))) for name in PUBLISHED))
     weights = checkpoint.fingerprint(*(part for part in parts if part is not None and part.exists()))
     by, tables = [args.fps, scorers.by, weights], {}
     for folder in args.folders:
@@ -241,7 +251,11 @@ def key_of(folder: Path, row: dict, by: list) -> str:
 
 def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> dict:
     """Scores, and why others are missing; or the reason why there are none."""
-    subject = media.on_white(media.open_image(row["image"]))  # without it nothing can be compared
+    subject, lacking = None, {}
+    try:
+        subject = subject_of(folder, row)
+    except BadInput as error:
+        lacking = {name: str(error) for name in ("dino_i", "clip_i")}
     try:
         file = folder / "videos" / f"{row['name']}.mp4"
         frames, own = media.read_video(file), media.probe(file).fps
@@ -252,7 +266,10 @@ def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> d
     found, without = scorers(frames, fps or own, row["prompt"], subject)
     if "toy" in row and frames.shape == (world.FRAMES, world.SIZE, world.SIZE, 3):
         found |= exact_scores(frames, *row["toy"])
-    return {"scores": found, "without": without}
+    elif "toy" in row:
+        whose, shown = (f"{n}x{h}x{w}" for n, h, w in ((world.FRAMES, world.SIZE, world.SIZE), frames.shape[:3]))
+        lacking |= {name: f"the world measures clips of {whose}, and it is {shown}" for name in EXACT}
+    return {"scores": found, "without": without | lacking}
 
 
 def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Scorers, which: str) -> dict:
@@ -262,9 +279,14 @@ def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Sc
     for name in dict.fromkeys(name for line in lines for name in line.get("scores", {})):
         values = [line["scores"][name] for line in lines if name in line.get("scores", {})]
         means[name] = {**dict(zip(("mean", "low", "high"), bootstrap(values))), "videos": len(values)}
-    without = {name: why for line in lines for name, why in line.get("without", {}).items() if name not in means}
+    reasons: dict[str, dict[str, str]] = {}  # for each score, videos that lack it, and why
+    for line in lines:
+        for name, why in line.get("without", {}).items():
+            reasons.setdefault(name, {})[line["name"]] = why
+    without = {name: next(iter(each.values())) for name, each in reasons.items() if name not in means}
     summary = {"videos": len(rows), "means": means, "by": {name: by for name, by in scorers.by.items() if name not in without},
                "not measured": scorers.missing | without,
+               "not measured of some": {name: each for name, each in reasons.items() if name in means},
                "unreadable": {line["name"]: line["unreadable"] for line in lines if "unreadable" in line}}
     checkpoint.write_json(folder / "scores.json", summary)
     checkpoint.write_text(folder / "table.md", table({folder: summary}, which))
@@ -294,6 +316,8 @@ def table(tables: dict[Path, dict], which: str) -> str:
     for name, reason in {name: why for summary in tables.values() for name, why in summary["not measured"].items()}.items():
         lines.append(f"- not measured: {TITLES[name]}: {reason}")
     for folder, summary in tables.items():
+        lines += [f"- not measured: {TITLES[name]}: {folder.name}: {video}: {reason}"
+                  for name, each in summary["not measured of some"].items() for video, reason in each.items()]
         lines += [f"- unreadable: {folder.name}: {video}: {reason}" for video, reason in summary["unreadable"].items()]
     return "\n".join(lines) + "\n"
 
@@ -304,9 +328,8 @@ def table(tables: dict[Path, dict], which: str) -> str:
 def sheet(args: argparse.Namespace) -> None:
     """Methods side by side: FIRST/sheet.png with some frames, FIRST/sheet.gif playing, a row for each prompt. All are shown as high as
     the first."""
-    for name in ("count", "frames", "fps"):
-        if getattr(args, name) <= 0:
-            raise BadInput(f"--{name} {getattr(args, name):g}: choose a positive number.")
+    at_least(1, args, "count", "frames", "fps")
+    methods = f" ({', '.join(folder.name for folder in args.folders)})" if len(args.folders) > 1 else ""
     rows = read_lines(args.folders[0] / "videos.jsonl")[: args.count]
     items, playing = [], []
     for row in rows:
@@ -316,15 +339,15 @@ def sheet(args: argparse.Namespace) -> None:
             if not file.exists():
                 raise BadInput(f"{folder} has no video {row['name']}.mp4, which {args.folders[0]} has.")
             videos.append(media.read_video(file))
-        subject = media.on_white(media.open_image(row["image"]))
+        subject = subject_of(args.folders[0], row)
         height = videos[0].shape[1]
         videos = [video if video.shape[1] == height else np.stack([np.asarray(Image.fromarray(frame).resize(
             (round(video.shape[2] * height / video.shape[1]), height))) for frame in video]) for video in videos]
         stills = [Image.fromarray(video[i]) for video in videos for i in np.linspace(0, len(video) - 1, args.frames).round().astype(int)]
-        items.append(([subject, *stills], row["prompt"], True))
+        items.append(([subject, *stills], row["prompt"] + methods, True))
         side_by_side = [np.concatenate([video[min(i, len(video) - 1)] for video in videos], axis=1)
                         for i in range(max(map(len, videos)))]
-        playing.append((subject, row["prompt"], np.stack(side_by_side)))
+        playing.append((subject, row["prompt"] + methods, np.stack(side_by_side)))
     media.save_image(figures.contact_sheet(items), args.folders[0] / "sheet.png")
     media.save_sheet(playing, args.folders[0] / "sheet", fps=args.fps, still=False)
     print(f"wrote {args.folders[0] / 'sheet.png'} and .gif: {', '.join(map(str, args.folders))}")
@@ -335,8 +358,7 @@ def ablate(args: argparse.Namespace) -> None:
 
     if args.name not in ABLATIONS:
         raise BadInput(f"There is no ablation {args.name}; there are {', '.join(ABLATIONS)}.")
-    if args.seeds < 1 or args.count < 1:
-        raise BadInput(f"--seeds {args.seeds} and --count {args.count}: choose 1 or more.")
+    at_least(1, args, "seeds", "count", "sampling_steps")
     run_ablations.run(args)
 
 

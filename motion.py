@@ -24,7 +24,7 @@ import checkpoint
 import distributed
 import media
 import world
-from checkpoint import BadInput
+from checkpoint import BadInput, at_least
 from data import Broken
 from encoders import GroundedSAM, find
 from media import Clip
@@ -111,6 +111,8 @@ def motion(args: argparse.Namespace) -> None:
     from scorers import Similarity
 
     ranks, model = distributed.start(args.device), checkpoint.resolve(args.own or "checkpoints/toy")
+    at_least(0, args, "seed")
+    at_least(1, args, "count", "per_class", "frames", "height", "width", "fps")
     clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
     if clip.frames % 8 != 1 or clip.frames < 9:
         raise BadInput(f"--frames {clip.frames}: a video has 8k+1 frames, 9 at least.")

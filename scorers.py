@@ -44,9 +44,10 @@ def at_8_fps(frames: np.ndarray, fps: float) -> np.ndarray:
 
 def moves(frames: np.ndarray, fps: float, magnitudes: Callable[[np.ndarray], np.ndarray]) -> float:
     """VBench's dynamic degree of one video, 1 or 0: does the fastest 5% of the pixels move by more than 6 of 256 pixels between
-    enough pairs of frames, 4 of 16? NaN for a single frame. magnitudes: frames [T, H, W, 3] -> [T - 1], in pixels."""
+    enough pairs of frames, 4 of 16? NaN for fewer than three frames, of which the formula asks no moving pair at all. magnitudes: frames
+    [T, H, W, 3] -> [T - 1], in pixels."""
     frames = at_8_fps(frames, fps)
-    if len(frames) < 2:
+    if len(frames) < 3:
         return float("nan")
     threshold, enough = 6 * min(frames.shape[1:3]) / 256, round(4 * len(frames) / 16)
     return float((magnitudes(frames) > threshold).sum() >= enough)
@@ -279,6 +280,9 @@ class Scorers:
                     found[name] = of[name](*given)
                 except checkpoint.BadInput as error:
                     without[name] = str(error)
+        if np.isnan(found.get("dynamic", 0)):
+            del found["dynamic"]
+            without["dynamic"] = f"at 8 frames a second {len(at_8_fps(frames, fps))} are left of it, and three are needed"
         for part in ("subject", "background"):
             if part in of:
                 found[part] = consistency(of[part](frames))

@@ -34,7 +34,7 @@ import checkpoint
 import distributed
 import media
 import world
-from checkpoint import BadInput, exit_status
+from checkpoint import BadInput, at_least, exit_status
 from encoders import GroundedSAM, find
 from flow import Flow, flow_magnitude
 from pipeline import Request, Sampler
@@ -415,9 +415,7 @@ def check(args: argparse.Namespace, device: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
-    for name in ("count", "prompts", "steps"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name} {getattr(args, name)}: choose 1 or more.")
+    at_least(1, args, "count", "prompts", "steps")
     check(args, str(ranks.device))
     for name in STAGES:
         if name in args.stages:

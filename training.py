@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import BadInput
+from checkpoint import BadInput, at_least
 from distributed import SMALL, Ranks, check_compiler, local, reshard
 from resume import last_checkpoint, load_checkpoint, save_checkpoint
 
@@ -104,12 +104,8 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
     for name in probabilities:
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a probability from 0 to 1.")
-    for name in (*counts, "steps", "micro_batch", "save_every", "validate_every", "keep"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 1 or more.")
-    for name in ("validate_count", "max_skipped", "warmup", "seed", "weight_decay"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose 0 or more.")
+    at_least(1, args, *counts, "steps", "micro_batch", "save_every", "validate_every", "keep")
+    at_least(0, args, "validate_count", "max_skipped", "warmup", "seed", "weight_decay")
     for name in ("ema", "beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: choose a number from 0 to below 1.")

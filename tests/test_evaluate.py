@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,7 @@ def test_a_still_clip_does_not_move_and_a_moving_one_does(seed):
     flow = Flow()
     found = [moves(clip, 8, lambda frames: flow_magnitude(frames, flow)) for clip in (still, moving, moving[:1])]
     assert found[:2] == [0, 1] and np.isnan(found[2])
+    assert np.isnan(moves(still[:2], 8, lambda frames: np.zeros(1)))  # of which no pair at all would have to move
 
 
 def test_the_bootstrap_is_the_normal_interval_for_many_values(seed):
@@ -236,6 +238,9 @@ def test_true_clips_score_at_the_top_and_noise_at_the_bottom(base, tmp_path, see
     said = capsys.readouterr().out
     means = [json.loads((folder / "scores.json").read_text())["means"] for folder in (good, bad)]
     assert all(means[0][name]["mean"] >= 0.75 for name in ("identity", "motion", "background_exact", "look"))
+    drawn = [ToyTest(seed, tuple(world.LOOKS))[i] for i in range(4)]
+    assert means[0]["movement"]["mean"] == pytest.approx(np.mean([clip.measure(clip.video)["movement"] for clip in drawn]), abs=0.1)
+    assert means[1]["movement"]["mean"] < 0.1 and means[1]["background_exact"]["mean"] < 0.75 and means[1]["identity"]["mean"] < 0.75
     assert np.mean([means[1][name]["mean"] for name in ("identity", "motion", "background_exact", "look")]) < 0.5
     assert "| good (4 videos) | **" in said and "not measured: ViCLIP: it needs" in said and "classical pyramidal flow" in said
     # A second time nothing is scored again; a video that is missing, or one too many, is named.
@@ -262,6 +267,24 @@ def test_a_still_clip_is_consistent_and_unreadable_ones_are_listed(base, tmp_pat
     summary, said = json.loads((folder / "scores.json").read_text()), capsys.readouterr().out
     assert len(summary["unreadable"]) == 2 and "one frame" in summary["unreadable"][two.stem] and one.stem in said
     assert summary["means"]["subject"]["mean"] == pytest.approx(1, abs=1e-3) and summary["means"]["dynamic"]["mean"] == 0
+
+
+def test_what_single_videos_lack_is_listed(base, tmp_path, capsys):
+    """A clip of which two frames are left at 8 frames a second, one that the world cannot measure, and a lost image."""
+    folder = truth(tmp_path / "videos", 4, False, 1, lambda example: example.video)
+    names = [json.loads(line)["name"] for line in (folder / "videos.jsonl").read_text().splitlines()]
+    for name, frames, fps in ((names[0], (4, 64, 64), 24), (names[1], (9, 96, 96), 8)):
+        media.save_video(np.zeros((*frames, 3), np.uint8), folder / "videos" / f"{name}.mp4", fps, {})
+    (folder / "images" / "0002.png").unlink()
+    folder = folder.rename(tmp_path / "moved")  # its images with it
+    assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
+    summary, said = json.loads((folder / "scores.json").read_text()), capsys.readouterr().out
+    lacking = summary["not measured of some"]
+    assert "2 are left" in lacking["dynamic"][names[0]] and "it is 9x96x96" in lacking["identity"][names[1]]
+    assert "0002.png" in lacking["dino_i"][names[2]] and lacking["clip_i"].keys() == {names[2]}
+    assert {name: each["videos"] for name, each in summary["means"].items() if name in lacking} == {
+        "dynamic": 3, "dino_i": 3, "clip_i": 3, **dict.fromkeys(evaluate.EXACT, 2)}
+    assert f"not measured: Dynamic degree: moved: {names[0]}: at 8 frames" in said and "of 3" in said
 
 
 def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
@@ -333,6 +356,13 @@ def test_two_ranks_score_as_one(base, tmp_path):
     assert found[0] == found[1]
 
 
+def test_a_clip_without_a_tokenizer_is_not_measured(base, tmp_path):
+    """transformers would make an empty one, to which all texts are alike."""
+    shutil.copytree(base / "clip", tmp_path / "clip", ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"))
+    missing = Scorers(published={name: str(tmp_path / "clip") for name in scorers.PUBLISHED}).missing
+    assert "has no tokenizer" in missing["clip_t"]
+
+
 def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
     def resolve(name, more=()):
         raise BadInput(f"{name} is not here")
@@ -350,6 +380,13 @@ def test_what_is_not_its_own_is_not_measured_by_another_name(base, tmp_path):
     for own in (tmp_path / "typo", tmp_path):
         missing = Scorers(own=own).missing
         assert {"dino_i", "clip_i", "clip_t", "subject", "background"} < missing.keys() and str(own) in missing["dino_i"]
+
+
+@pytest.mark.parametrize("command", ["generate --seed -1", "generate --count 0", "motion --seed -1", "motion --per-class 0", "motion --count 0",
+                                     "ablate switch-p --sampling-steps 0", "ablate switch-p --seeds 0"])
+def test_numbers_out_of_range(command, tmp_path, capsys):
+    assert evaluate.main([*command.split(), "--out", str(tmp_path)]) == 2
+    assert f"{command.split()[-2]} {command.split()[-1]}: choose " in capsys.readouterr().err
 
 
 def test_bad_input(base, tmp_path, capsys):
