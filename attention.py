@@ -68,13 +68,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None
     if blocks is None:
         return dense(q, k, v, None if keep is None else keep[:, None, None])
     out = []
-    for queries, keys in blocks:
+    for (_, keys), q in zip(blocks, q.split([queries.stop - queries.start for queries, _ in blocks], dim=2)):
         if not keys:  # whom they may attend to is not there, as the frames behind the first in a picture
-            out.append(torch.zeros_like(q[:, :, queries]))
+            out.append(torch.zeros_like(q))
             continue
         seen_k, seen_v = ([x[:, :, key] for key in keys] for x in (k, v))
         joined = [x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (seen_k, seen_v)]
-        out.append(dense(q[:, :, queries], *joined))
+        out.append(dense(q, *joined))
     # Joined as the kernels lay them out, [B, L, heads, d], so that nothing is copied when the heads are merged.
     return out[0] if len(out) == 1 else torch.cat([x.transpose(1, 2) for x in out], dim=1).transpose(1, 2)
 

@@ -254,8 +254,9 @@ def name_of_machine(args: argparse.Namespace) -> str:
 
 
 def keep(row: str, size: str, result: dict, args: argparse.Namespace, file: Path = Path("bench.json")) -> None:
-    """Puts a row into bench.json, in place of one of the same machine, type, size and compilation."""
-    key = {"machine": name_of_machine(args), "dtype": str(args.dtype), "size": size, "row": row, "compile": args.compile}
+    """Puts a row into bench.json, in place of one of the same machine, type, size, compilation and, of attention, designs."""
+    key = {"machine": name_of_machine(args), "dtype": str(args.dtype), "size": size, "row": row, "compile": args.compile,
+           **({"designs": args.designs} if row == "attention" else {})}
     old = json.loads(file.read_text()) if file.exists() else []
     old = old if isinstance(old, list) else [old]  # as it once was
     others = [entry for entry in old if any(entry.get(name) != value for name, value in key.items())]

@@ -24,7 +24,7 @@ from checkpoint import BadInput
 # The last frames that each causal convolution has seen, [B, C, 1, H, W] each: what a chunk leaves to the next one. None where none will
 # come: a picture's.
 Cache = dict[nn.Module, list[Tensor]] | None
-# A chunk, in slices of time: [B, C, t, H, W] each. Who is handed one uses it up.
+# A chunk, in slices of time: [B, C, t, H, W] each. A layer empties, or fills anew, the list that it is given.
 Slices = list[Tensor]
 SLICE = 2**26  # bytes of one, unless a single frame has more
 
@@ -103,18 +103,18 @@ class GroupNorm(nn.GroupNorm):
         """The norm of the chunk x, as a function that gives its i-th slice."""
         if len(x) == 1:
             return lambda i: self(x[i])
-        wide, (B, C), T = torch.promote_types(x[0].dtype, torch.float32), x[0].shape[:2], frames(x)
+        wide, (B, C), T = torch.promote_types(x[0].dtype, torch.float32), x[0].shape[:2], length(x)
         means, variances = [], []  # of each slice, [B, groups]
         for part in x:
             part = part.unflatten(1, (self.num_groups, -1)).flatten(2)
             means.append(part.mean(dim=2, dtype=wide))
-            variances.append(torch.linalg.vector_norm(part - means[-1].unsqueeze(2), dim=2).square() / part.shape[2])
-        of_all = lambda each: sum(part.shape[2] / T * y for part, y in zip(x, each))
-        mean = of_all(means)
-        variance = of_all(own + (m - mean).square() for own, m in zip(variances, means))
-        each = [y.repeat_interleave(C // self.num_groups, dim=1).flatten() for y in (mean, variance)]  # of B * C channels
-        each += [y.to(wide).repeat(B) for y in (self.weight, self.bias)]
-        return lambda i: F.batch_norm(x[i].flatten(0, 1).unsqueeze(0), *each, eps=self.eps).view_as(x[i])
+            variances.append((part - means[-1].unsqueeze(2)).square_().mean(dim=2))
+        shares = [part.shape[2] / T for part in x]
+        mean = sum(share * own for share, own in zip(shares, means))
+        variance = sum(share * (own + (m - mean).square()) for share, own, m in zip(shares, variances, means))
+        of_channels = [y.repeat_interleave(C // self.num_groups, dim=1).flatten() for y in (mean, variance)]  # [B * C]
+        of_channels += [y.to(wide).repeat(B) for y in (self.weight, self.bias)]
+        return lambda i: F.batch_norm(x[i].flatten(0, 1).unsqueeze(0), *of_channels, eps=self.eps).view_as(x[i])
 
 
 class SpatialNorm(nn.Module):
@@ -131,18 +131,20 @@ class SpatialNorm(nn.Module):
         # A 1x1x1 convolution and nearest upsampling commute, and the latents are the smaller ones. Nor need they be upsampled in
         # height: the rows that share a latent's are multiplied by the same row.
         norm, scale, shift = self.norm_layer.over(f), self.conv_y(z, cache), self.conv_b(z, cache)
-        latents = latent_of(frames(f), z.shape[2])
-        times = torch.tensor(latents, device=z.device).split([part.shape[2] for part in f])
+        nearest, starts = latent_of(length(f), z.shape[2]), [length(f[:i]) for i in range(len(f))]
 
         def normed(i: int) -> Tensor:
             rows = norm(i).unflatten(3, (z.shape[3], -1))  # [B, C, t, h, H / h, W]
-            s, b = (y[:, :, times[i]].repeat_interleave(rows.shape[5] // z.shape[4], dim=4).unsqueeze(4) for y in (scale, shift))
+            times = nearest[starts[i] : starts[i] + rows.shape[2]]
+            s, b = (torch.stack([y[:, :, t] for t in times], dim=2).repeat_interleave(rows.shape[5] // z.shape[4], dim=4).unsqueeze(4)
+                    for y in (scale, shift))
             return torch.addcmul(b, rows, s, out=rows if in_place() else None).flatten(3, 4)
 
         return normed
 
 
-def frames(x: Slices) -> int:
+def length(x: Slices) -> int:
+    """Frames of a chunk."""
     return sum(part.shape[2] for part in x)
 
 
@@ -209,7 +211,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Slices, *_) -> Slices:
-        made, out, alone = [], [], frames(x) % 2  # frames of the next slice; slices; whether the first frame is alone in time
+        made, out, alone = [], [], length(x) % 2  # frames of the next slice; slices; whether the first frame is alone in time
         for i in range(len(x)):
             for j, frame in enumerate(x[i].unbind(2)):
                 frame = self.conv(F.interpolate(frame, scale_factor=2.0))  # once for both of its moments

@@ -53,19 +53,19 @@ def test_what_is_convolved_in_three_dimensions_beside_diffusers():
     assert relative_error(ours.decode(z.bfloat16()), decoded) < 1.2 * relative_error(short_decoded, decoded)
 
 
-@pytest.mark.parametrize("frames", [1, 9, 25])
-@pytest.mark.parametrize("size", [1, 150_000], ids=["a frame each", "some frames each"])
+@pytest.mark.parametrize("frames", [1, 9, 17])
+@pytest.mark.parametrize("size", [1, 100_000], ids=["a frame each", "some frames each"])
 @torch.no_grad()
 def test_slices_of_time_change_nothing(frames, size, monkeypatch):
     """As at official sizes. And for a gradient nothing is sliced."""
     ours, theirs = (network.double() for network in pair(**TINY_VAE))
-    z, truth = torch.randn(2, 16, (frames - 1) // 4 + 1, 6, 10).double(), {}
+    z, truth = torch.randn(2, 16, (frames - 1) // 4 + 1, 4, 6).double(), None
     monkeypatch.setattr(vae, "SLICE", size)
     slices, over = set(), vae.GroupNorm.over
     monkeypatch.setattr(vae.GroupNorm, "over", lambda self, x, *more: slices.add(len(x)) or over(self, x, *more))
     for dtype, wrong in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, None)):
         expected = theirs.to(dtype).decode(z.to(dtype)).sample
-        truth = truth if len(truth) else expected
+        truth = expected if truth is None else truth
         wrong = wrong or 1.2 * relative_error(expected, truth)
         assert relative_error(ours.to(dtype).decode(z.to(dtype)), truth) < wrong, dtype
     assert max(slices) > 1 or frames == 1
@@ -75,14 +75,24 @@ def test_slices_of_time_change_nothing(frames, size, monkeypatch):
     assert slices == {1}
 
 
+@pytest.mark.parametrize("dtype,wrong", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+@torch.no_grad()
+def test_the_norm_of_large_slices_is_exact(dtype, wrong):
+    """A million numbers in each group, far from zero: sums in float32 must not go through them one by one."""
+    norm, x = vae.GroupNorm(4, 8).requires_grad_(False), (5 + torch.randn(1, 8, 3, 600, 800)).to(dtype)
+    expected = torch.nn.functional.group_norm(x.double(), 4, norm.weight.double(), norm.bias.double(), norm.eps)
+    parts = list(x.split([1, 2], dim=2))
+    normed = norm.to(dtype).over(parts)
+    assert relative_error(torch.cat([normed(i) for i in range(2)], dim=2), expected) < wrong
+
+
 @torch.no_grad()
 def test_memory_at_the_official_size():
-    """Of two chunks; with more of them only the video itself grows."""
     with torch.device("meta"):
         ours = VAE(VAEConfig()).bfloat16()
-        video, z = torch.empty(1, 3, 17, 480, 720).bfloat16(), torch.empty(1, 16, 5, 60, 90).bfloat16()
+        video, z = torch.empty(1, 3, 49, 480, 720).bfloat16(), torch.empty(1, 16, 13, 60, 90).bfloat16()
     assert live(lambda: ours.encode(video))[0] < 4.9e9
-    assert live(lambda: ours.decode(z))[0] < 4.9e9
+    assert live(lambda: ours.decode(z))[0] < 4.95e9
 
 
 @torch.no_grad()
