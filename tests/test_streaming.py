@@ -10,6 +10,7 @@ from memory import live
 from torch import nn
 
 import streaming
+from bench_files import MODELS
 from model import Config, Transformer
 from streaming import ALIGN, blocks_of, padded, streamed, views
 
@@ -18,6 +19,20 @@ CPU = torch.device("cpu")
 
 def pointers(network: nn.Module) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+
+
+@torch.no_grad()
+def test_what_low_memory_keeps_of_the_5b_at_the_official_size():
+    """Counted: Switch's two branches at 49x480x720 in bfloat16, two blocks, and what is not in blocks."""
+    with torch.device("meta"):
+        model = Transformer(Config(**MODELS["5b"] | {"num_layers": 2})).bfloat16().eval()
+        rotary = torch.empty(14 * 30 * 45, 64)
+        x, text, reference = (torch.empty(2, *shape).bfloat16() for shape in ((13, 16, 60, 90), (226, 4096), (16, 60, 90)))
+        model.rotary = lambda *_: rotary
+        for block in model.transformer_blocks:
+            block.attn1.attend = lambda q, *_: torch.empty_like(q)  # as a kernel that holds no more than its result
+        weights = sum(p.nbytes for p in model.parameters())
+        assert 2.4e9 < weights + live(lambda: model(x, torch.zeros(2), text, reference=reference))[0] < 2.5e9
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])
