@@ -30,6 +30,7 @@ from encoders import GroundedSAM, find
 from media import Clip
 from readers import Videos
 from stages import Run
+from tables import TEMPORAL
 
 CLASSES = ("small", "medium", "large")
 
@@ -153,10 +154,8 @@ def motion(args: argparse.Namespace) -> None:
             fake = (media.read_video(args.out / "videos" / f"{item['id']}.mp4") for item in of_class)
             rows[name] = {"videos": len(of_class), "distance": frechet_distance(features(real), features(fake))}
     checkpoint.write_json(args.out / "motion.json", {"by": by, "classes": rows})
-    printed = {"CogVideoX, fine-tuned": (597.54, 594.26, 573.86), "image-only": (641.92, 636.42, 680.34),
-               "two-stage": (801.97, 872.30, 824.03), "Switch": (512.30, 511.66, 550.14)}  # Table 3
     print(f"\n{by}\n\n| | small | medium | large |\n|---|---|---|---|")
-    for title, row in printed.items():
+    for title, row in TEMPORAL.items():
         print(f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |")
     print(f"| {args.out.name} | " + " | ".join(f"{rows[n]['distance']:.4g} ({rows[n]['videos']} videos)" if n in rows else "too few videos"
                                               for n in CLASSES) + " |")
