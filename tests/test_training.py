@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -169,9 +171,13 @@ class Attentions(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recompute", ["all", "keep-attention"])
-@pytest.mark.parametrize("adapted", [None, "all", "reference"])
-def test_recomputed_activations_give_the_same_gradients(recompute, adapted):
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.mark.parametrize("recompute,adapted,compiled", [
+    *product(["all", "keep-attention"], [None, "all", "reference"], [False]),
+    pytest.param("keep-attention", "all", True, marks=needs_compiler)])
+def test_recomputed_or_compiled_blocks_give_the_same_gradients(recompute, adapted, compiled):
     """Also with a LoRA, on all tokens or on the reference's, when what is frozen is no part of FSDP2."""
     model, given = Transformer(Config(**VARIANTS["5b"])), dict(
         x=torch.randn(1, 3, 16, 8, 8), t=torch.tensor([500]), text=torch.randn(1, 10, 32), reference=torch.randn(1, 16, 8, 8))
@@ -183,16 +189,16 @@ def test_recomputed_activations_give_the_same_gradients(recompute, adapted):
     expected = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     ranks = distributed.start("cpu")
-    distributed.shard(model, list(model.transformer_blocks), ranks, torch.float32, recompute)
+    distributed.shard(model, list(model.transformer_blocks), ranks, torch.float32, recompute, compiled)
     loss = model(**given).square().mean()
-    with Attentions() as attentions:
+    with Attentions() if not compiled else nullcontext() as attentions:
         loss.backward()
-    assert attentions.count == (0 if recompute == "keep-attention" else len(model.transformer_blocks))
+    assert compiled or attentions.count == (0 if recompute == "keep-attention" else len(model.transformer_blocks))
     for key, gradient in expected.items():
         assert relative_error(model.get_parameter(key).grad.to_local(), gradient) < 1e-4 or gradient.norm() < 1e-6, key
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_blocks_compute_the_same_in_one_piece():
     """Training, sampling with guidance in between, and training: a graph each, which both blocks share."""
     model = randomize(Transformer(Config(**VARIANTS["5b"])))
