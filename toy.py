@@ -37,8 +37,9 @@ from vae import load_vae, save_vae
 # Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.
 TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (16000, 2e-3), "i2v": (1500, 1e-3)}
 # Steps of train_sugar.py's stages, and its flags. What DINO's and CLIP's tokens mean has to be learned from nothing, on real videos;
-# then comes the paper's strategy.
-SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0 --lr 1e-3"), "sugar": ((8000, 6000), "--strategy tsf --lr 1.5e-3")}
+# then comes the paper's strategy, and then, as shapes take long, all blocks once more, which see DINO's tokens more often.
+SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0 --lr 1e-3"), "sugar": ((8000, 6000), "--strategy tsf --lr 1.5e-3"),
+                "sugar_long": ((16000,), "--strategy mix --p 0.5 --drop-dino 0.2 --drop-text 0.1 --lr 2e-3 --warmup 200")}
 
 
 class Builder:
@@ -249,21 +250,22 @@ class Builder:
             save_adapter(half, self.folder / "switch", read_adapter(file))
 
     def sugar(self, stage: str) -> None:
-        """The SUGAR model, design (b), by the paper's own trainer."""
+        """The SUGAR model, design (b), by the paper's own trainer: each stage goes on from the one before."""
         import train_sugar
 
-        (steps, flags), out = SUGAR_STAGES[stage], self.work / stage
+        (steps, flags), out, stages = SUGAR_STAGES[stage], self.work / stage, list(SUGAR_STAGES)
+        before = self.folder if stage == stages[0] else self.work / stages[stages.index(stage) - 1]
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, sugar=True)
         train_sugar.run(train_sugar.parse(
-            ["--model", str(self.folder if stage == "sugar_real" else self.work / "sugar_real"), "--out", str(out),
+            ["--model", str(before), "--out", str(out),
              "--device", self.ranks.device.type, *flags.split(),
              *(word for flag, count in zip(("--steps", "--second-steps"), steps) for word in (flag, str(self.count(count)))),
-             "--real-data", str(self.cached("subjects", 6000, encoder).folder),
-             "--data", str(self.cached("triplets", 4000, encoder).folder), "--validate-every", "1000"]))
+             "--real-data", str(self.cached("subjects", 8000, encoder).folder),
+             "--data", str(self.cached("triplets", 12000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
             distributed.leave(0)
-        if self.ranks.first and stage == "sugar":
+        if self.ranks.first and stage == stages[-1]:
             write_variant(self.folder / "sugar", load_transformer(out / "transformer"))
 
     def finish(self, task: nn.Module, weights: dict[str, Tensor], save: Callable[[nn.Module], None]) -> None:
