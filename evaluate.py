@@ -178,9 +178,9 @@ def score(args: argparse.Namespace) -> None:
     """Scores each folder's videos, every rank its share; those that scores.jsonl has already are not scored again."""
     ranks, which = distributed.start(args.device), set_of(args.folders, args.set)
     args.own = args.own or (Path("checkpoints/toy") if which == "toy" else None)
-    scorers = Scorers(ranks.device, args.own, {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}, args.raft,
-                      args.amt, args.viclip)
-    parts = (args.own, args.raft, args.amt, args.viclip, *(Path(getattr(args, name.replace("-", "_"))) for name in PUBLISHED))
+    published = {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}
+    scorers = Scorers(ranks.device, args.own, published, args.raft, args.amt, args.viclip)
+    parts = (args.own, args.raft, args.amt, args.viclip, *map(Path, published.values()))
     weights = checkpoint.fingerprint(*(part for part in parts if part is not None and part.exists()))
     by, tables = [args.fps, scorers.by, weights], {}
     for folder in args.folders:

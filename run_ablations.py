@@ -169,7 +169,7 @@ def difference(finding: Finding, more: Line, less: Line) -> float:
         lines.append((levels[order], values[order]))
     low, high = max(levels[0] for levels, _ in lines), min(levels[-1] for levels, _ in lines)
     shorter = min(levels[-1] - levels[0] for levels, _ in lines)
-    if not (high >= low and high - low >= COMMON * shorter):
+    if not high - low >= COMMON * shorter:
         return float("nan")
     common = np.linspace(low, high, 21)
     one, two = (np.interp(common, *line) for line in lines)

@@ -64,11 +64,11 @@ class CausalConv3d(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, kernel, padding=(0, kernel // 2, kernel // 2))
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [B, C, T, H, W]
-        if self.past and cache is None:  # a picture sees itself throughout time, so the kernel is summed over time
-            conv = self.conv
-            return F.conv2d(x[:, :, 0], conv.weight.sum(dim=2), conv.bias, padding=conv.padding[1:]).unsqueeze(2)
         if not self.past:
             return self.conv(x)
+        if cache is None:  # a picture sees itself throughout time, so the kernel is summed over time
+            conv = self.conv
+            return F.conv2d(x[:, :, 0], conv.weight.sum(dim=2), conv.bias, padding=conv.padding[1:]).unsqueeze(2)
         before = cache.pop(self, None) or self.past * [x[:, :, :1]]
         kept = x.split(1, dim=2)[-self.past :]
         if x.shape[2] > 1:  # else x itself is kept
