@@ -154,8 +154,9 @@ def motion(args: argparse.Namespace) -> None:
             fake = (media.read_video(args.out / "videos" / f"{item['id']}.mp4") for item in of_class)
             rows[name] = {"videos": len(of_class), "distance": frechet_distance(features(real), features(fake))}
     checkpoint.write_json(args.out / "motion.json", {"by": by, "classes": rows})
-    print(f"\n{by}\n\n| | small | medium | large |\n|---|---|---|---|")
-    for title, row in TEMPORAL.items():
-        print(f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |")
-    print(f"| {args.out.name} | " + " | ".join(f"{rows[n]['distance']:.4g} ({rows[n]['videos']} videos)" if n in rows else "too few videos"
-                                              for n in CLASSES) + " |")
+    lines = [by, "", "| | small | medium | large |", "|---|---|---|---|"]
+    lines += [f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |" for title, row in TEMPORAL.items()]
+    cells = [f"{rows[name]['distance']:.4g} ({rows[name]['videos']} videos)" if name in rows else "too few videos" for name in CLASSES]
+    lines.append(f"| {args.out.name} | " + " | ".join(cells) + " |")
+    checkpoint.write_text(args.out / "table.md", "\n".join(lines) + "\n")
+    print("\n" + "\n".join(lines))

@@ -57,3 +57,5 @@ def test_the_protocol_from_videos_to_distances(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "run" / "motion.json").read_text())
     assert "own DINO" in found["by"] and sum(of["videos"] for of in found["classes"].values()) == sum(row["kept"] for row in rows)
     assert all(of["distance"] > 0 for of in found["classes"].values()) and "| Switch (the paper, FVD) | 512.30" in capsys.readouterr().out
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert table.startswith(found["by"]) and table.splitlines()[-1].count("videos)") == len(found["classes"])
