@@ -58,7 +58,7 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
     for photograph in DreamBench(args.dreambench).photographs:
         first.setdefault(photograph.subject, photograph)
     if len(first) != 30:
-        print(f"warning: {args.dreambench} has {len(first)} subjects; the papers' protocols are of 30", file=sys.stderr)
+        print(f"warning: {args.dreambench} has {len(first)} subjects; SUGAR's protocol and ours of Switch are of 30", file=sys.stderr)
     rows = []
     for number, photograph in enumerate(first.values()):
         for i, text in enumerate(prompts.SUGAR[photograph.kind] if args.set == "sugar" else prompts.SWITCH[photograph.noun]):
@@ -332,6 +332,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     m.add_argument("--out", type=Path, required=True)
     m.add_argument("--data", type=Path, help="videos: a manifest or a folder, see readers.py (default: the toy's world)")
     m.add_argument("--count", type=int, help="videos to classify (default: all; of the toy's 64)")
+    m.add_argument("--trained-share", type=float, default=0.0, help="what training had as --share of these videos is left out: the paper "
+                   "tests on others (default: nothing)")
+    m.add_argument("--trained-seed", type=int, default=0, help="that training's --seed (default: %(default)s)")
     m.add_argument("--per-class", type=int, default=300, help="videos of each class (default: %(default)s)")
     for name, pixels in (("camera", 10), ("small", 25), ("medium", 50)):
         m.add_argument(f"--{name}", type=float, default=pixels, help="pixels at a height of 480 (default: %(default)s)")

@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ TEMPLATES = {  # {} is the label. What a subject does depends on what it is; our
                           "is being circled by the camera"],
     },
 }
-INSTRUCTION = ("Rewrite this description of a short video as one vivid sentence. Keep the {label} and everything that is said "
+INSTRUCTION = ("Rewrite this description of a {medium} as one vivid sentence. Keep the {label} and everything that is said "
                "about it. Answer with the sentence alone.\n\n{text}")
 SAMPLED_BY = ("transformer", "vae", "text_encoder")  # the networks of a model that make a picture or video
 CHUNK = 64  # samples that a network is loaded for at a time, at least
@@ -74,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--prompts", type=int, default=1, help="texts for each image (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--templates", type=Path, help="JSON in the form of TEMPLATES in synthesize.py")
-    p.add_argument("--llm", help="a language model, folder or hub id, that rewrites the texts")
+    p.add_argument("--llm", help="a language model, folder or hub id, that enriches the texts")
     p.add_argument("--segment", action="store_true", help="cut the subjects out of their pictures with Grounded SAM")
     p.add_argument("--model", default="checkpoints/toy", help="base of Switch, and whose CLIP and DINO filter (default: %(default)s)")
     p.add_argument("--adapter", default="checkpoints/toy/switch", help="Switch (default: %(default)s)")
@@ -99,7 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def source(run: Run, args: argparse.Namespace) -> None:
-    """Pictures and labels: the toy's subjects, or a table's. Each becomes the subject on white: SUGAR's s."""
+    """Pictures and labels: the toy's subjects, or a table's. Each becomes the subject on white: SUGAR's z."""
     if args.source is None:
         rows = [{"image": None, "label": world.NOUN, "kind": "active object"} for _ in range(args.count)]
     else:
@@ -121,14 +122,19 @@ def source(run: Run, args: argparse.Namespace) -> None:
                 if segment and mask is None:
                     yield {**sample, "image": str(sample["image"]), "kept": False, "why": f"not found: no {sample['label']}"}
                     continue
+                alone = mask is not None or media.stands_on_white(image)
                 image = media.cut_out(image, mask) if mask is not None else image.convert("RGB")
-                yield {**sample, "image": save_picture(run, "source", sample["id"], image)}
+                yield {**sample, "image": save_picture(run, "source", sample["id"], image), "alone": alone}
             except BadInput as error:
                 yield {**sample, "image": str(sample["image"]), "kept": False, "why": f"unreadable: {error}"}
 
     made_by = weights_of(args.model, "grounding_dino", "sam") if args.segment else None
     run.stage("source", samples, {"source": args.source and str(args.source), "count": args.count, "seed": args.seed,
                                   "segment": args.segment, "weights": made_by}, work, lambda sample: [Path(sample["image"])], {})
+    kept = run.samples("source")
+    if run.ranks.first and (scenes := [sample for sample in kept if not sample.get("alone", True)]):
+        print(f"warning: {len(scenes)} of {len(kept)} pictures have neither transparency nor a white border, as {scenes[0]['id']}: their "
+              f"backgrounds will count as part of the subject; --segment cuts it out", file=sys.stderr)
 
 
 def source_rows(table: Path) -> list[dict]:
@@ -157,7 +163,8 @@ def source_rows(table: Path) -> list[dict]:
 
 
 def prompt(run: Run, args: argparse.Namespace) -> None:
-    """A text from the templates for each picture, --prompts of them; a language model may rewrite it."""
+    """A text from the templates for each picture, --prompts of them; a language model may enrich it, and first what it says of the looks,
+    as that alone is what the picture is made from and judged by."""
     templates = templates_of(args)
     samples = [{**sample, "id": f"{sample['id']}-{i}"} for sample in run.samples("source") for i in range(args.prompts)]
 
@@ -167,7 +174,9 @@ def prompt(run: Run, args: argparse.Namespace) -> None:
             number, variant = map(int, sample["id"].split("-"))
             sample = {**sample, **compose(templates, sample["label"], sample["kind"], (args.seed, 32, number, variant))}
             if rewrite:
-                sample["text"] = rewrite(sample["text"], sample["label"])
+                looks = rewrite(sample["image_text"], "picture", sample["label"])
+                does = f"{looks.rstrip('.')}. The {sample['label']} {sample['motion']}."
+                sample |= {"image_text": looks, "text": rewrite(does, "video", sample["label"])}
             yield sample
 
     digest = hashlib.sha256(json.dumps(templates).encode()).hexdigest()[:16]
@@ -201,16 +210,16 @@ def compose(templates: dict, label: str, kind: str, seed) -> dict:
     motions = templates["motion"][kind] if isinstance(templates["motion"], dict) else templates["motion"]
     what, where, does = (str(rng.choice(options)) for options in (templates[family], templates["background"], motions))
     what = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", what.format(label))
-    return {"family": family, "image_text": f"{what} {where}", "text": f"{what} {does} {where}"}
+    return {"family": family, "motion": does, "image_text": f"{what} {where}", "text": f"{what} {does} {where}"}
 
 
-def rewriter(name: str, device: torch.device) -> Callable[[str, str], str]:
-    """A language model of transformers that enriches a text; where it loses the subject, the text stays as it was."""
+def rewriter(name: str, device: torch.device) -> Callable[[str, str, str], str]:
+    """A language model of transformers that enriches the text of a "picture" or "video"; where it loses the subject, the text stays."""
     tokenizer, model = language_model(name, "AutoTokenizer"), language_model(name, "AutoModelForCausalLM").eval().to(device)
 
     @torch.no_grad()
-    def rewrite(text: str, label: str) -> str:
-        asked = INSTRUCTION.format(text=text, label=label)
+    def rewrite(text: str, medium: str, label: str) -> str:
+        asked = INSTRUCTION.format(text=text, medium=medium, label=label)
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": asked}]
             asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

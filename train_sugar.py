@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
             if isinstance(dataset, Cache):
                 raise BadInput(f"--synthetic image draws a frame of each video, which the cache {source} does not hold: give the "
                                f"triplets themselves.")
-            dataset = OneFrame(dataset, args.seed)
+            dataset, length = OneFrame(dataset, args.seed), length * OneFrame.EACH
         streams[name] = Stream(dataset, length, encoder, args.seed)
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     if args.restart:

@@ -11,6 +11,9 @@ import evaluate
 import motion
 import toy_networks
 import world
+from data import Broken
+from media import Clip
+from readers import Videos
 
 PIXELS = SimpleNamespace(camera=10, small=25, medium=50)
 
@@ -59,3 +62,24 @@ def test_the_protocol_from_videos_to_distances(tmp_path, capsys, monkeypatch):
     assert all(of["distance"] > 0 for of in found["classes"].values()) and "| Switch (the paper, FVD) | 512.30" in capsys.readouterr().out
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.startswith(found["by"]) and table.splitlines()[-1].count("videos)") == len(found["classes"])
+
+
+def test_what_training_saw_is_left_out(tmp_path, seed):
+    names = [f"{i:03d}.mp4" for i in range(200)]
+    (tmp_path / "videos.csv").write_text("video,caption\n" + "".join(f"{name},a dog\n" for name in names))
+    clip, share = Clip(9, 64, 64, 8), float(np.random.default_rng(seed).uniform(0.01, 0.9))
+    trained = {row.video for row in Videos(tmp_path / "videos.csv", clip, seed % 1000, share).rows}
+    args = evaluate.parse(["motion", "--out", str(tmp_path), "--data", str(tmp_path / "videos.csv"), "--trained-share", str(share),
+                           "--trained-seed", str(seed % 1000)])
+    tested = []
+    for _, example in motion.videos_of(args, clip, None):
+        with pytest.raises(Broken) as error:  # there is no file, which the sentence names
+            example()
+        tested.append(str(error.value).split("/")[-1].split()[0])
+    assert sorted([*tested, *trained]) == names
+
+
+@pytest.mark.parametrize("share", ["1", "-0.1", "nan"])
+def test_all_cannot_have_been_trained_on(share, tmp_path, capsys):
+    assert evaluate.main(["motion", "--out", str(tmp_path / "run"), "--trained-share", share]) == 2
+    assert f"--trained-share {float(share)}: choose a share" in capsys.readouterr().err

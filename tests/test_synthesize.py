@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import distributed
 import figures
 import media
 import synthesize
@@ -24,6 +25,7 @@ import toy_networks
 import world
 from media import Clip
 from readers import Triplets
+from stages import Run
 
 ANY = "--clip-text -1 --dino-identity -1 --dino-consecutive -1 --dino-random -1 --flow 0"  # every sample is kept
 QUICK = "--steps 2 --device cpu"
@@ -213,7 +215,37 @@ def test_a_language_model_that_loses_the_subject_is_not_heeded(tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                  num_attention_heads=1, pad_token_id=1)).save_pretrained(tmp_path / "llm")
     rewrite = synthesize.rewriter(str(tmp_path / "llm"), torch.device("cpu"))
-    assert rewrite("a golden creature jumps in space", "zeppelin") == "a golden creature jumps in space"
+    assert rewrite("a golden creature jumps in space", "picture", "zeppelin") == "a golden creature jumps in space"
+
+
+def test_what_a_language_model_adds_to_the_looks_is_drawn_and_told(tmp_path, monkeypatch):
+    asked = []
+
+    def rewrite(text, medium, label):
+        asked.append((text, medium, label))
+        return f"{text.rstrip('.')} at dusk."
+
+    monkeypatch.setattr(synthesize, "rewriter", lambda name, device: rewrite)
+    monkeypatch.setattr(synthesize.checkpoint, "fingerprint", lambda *folders: "weights")
+    args = synthesize.parse(["--out", str(tmp_path), "--count", "2", "--llm", str(tmp_path)])
+    run = Run(tmp_path, distributed.start("cpu"))
+    synthesize.source(run, args)
+    synthesize.prompt(run, args)
+    for sample, (picture, video) in zip(run.samples("prompt"), zip(asked[::2], asked[1::2])):
+        assert picture[1:] == ("picture", "creature") and video[1:] == ("video", "creature")
+        assert sample["image_text"] == f"{picture[0]} at dusk." and sample["motion"] not in picture[0]
+        assert video[0] == f"{picture[0]} at dusk. The creature {sample['motion']}." and sample["text"] == f"{video[0].rstrip('.')} at dusk."
+
+
+def test_a_source_with_its_background_is_warned_of(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 200, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "scene.png")
+    pixels[[0, -1]] = pixels[:, [0, -1]] = 255
+    Image.fromarray(pixels).save(tmp_path / "white.png")
+    (tmp_path / "table.csv").write_text("image,label\nscene.png,dog\nwhite.png,dog\n")
+    args = synthesize.parse(["--out", str(tmp_path / "run"), "--source", str(tmp_path / "table.csv")])
+    synthesize.source(Run(tmp_path / "run", distributed.start("cpu")), args)
+    assert "1 of 2 pictures have neither transparency nor a white border, as 000000:" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size,height,width,expected", [((64, 64), 480, 720, (96, 64)), ((90, 40), 64, 64, (90, 90)), ((30, 20), 40, 60, (30, 20))])

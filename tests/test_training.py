@@ -400,9 +400,14 @@ def test_a_random_frame_is_one_of_the_video_and_first_is_the_first(base, encoder
     assert torch.equal(first.encode(example, 0, 0)["ref_mean"][0], frames[0])
 
 
-def test_one_frame_is_a_frame_of_the_video():
-    whole, one = Toy("triplets")[2], OneFrame(Toy("triplets"), 0)[2]
-    assert one.video.shape[0] == 1 and any(np.array_equal(one.video[0], frame) for frame in whole.video)
+def test_one_frame_stands_for_a_video_in_turn(seed):
+    whole, frames = Toy("triplets")[2], OneFrame(Toy("triplets"), seed)
+    seen = [frames[2 * OneFrame.EACH + turn] for turn in range(OneFrame.EACH)]
+    assert all(one.video.shape[0] == 1 and one.text == whole.text for one in seen)
+    of = [[i for i, frame in enumerate(whole.video) if np.array_equal(one.video[0], frame)] for one in seen]
+    assert all(of) and frames[2 * OneFrame.EACH - 1].text == Toy("triplets")[1].text
+    drawn = np.random.default_rng((seed, 5, 2)).permutation(len(whole.video))[: OneFrame.EACH]
+    assert len(set(drawn)) == OneFrame.EACH and all(frame in same for frame, same in zip(drawn, of))  # frames may look alike
 
 
 def test_the_posterior_is_sampled_with_its_deviation(seed):
