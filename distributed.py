@@ -58,6 +58,12 @@ class Ranks:
         """Until all ranks are here, however long their shares of some work take them."""
         dist.barrier(group=self.patient)
 
+    def from_first(self, number: int) -> int:
+        """The first rank's number."""
+        value = torch.tensor(number, device=self.device)
+        dist.broadcast(value, 0)
+        return int(value.item())
+
     def mean(self, value: Tensor) -> float:
         """The mean over ranks of a scalar."""
         value = value.detach().double().to(self.device).clone()

@@ -26,9 +26,9 @@ from PIL import Image
 
 import checkpoint
 import media
-from cache import Cache
+from cache import Cache, stored_settings
 from checkpoint import BadInput, replace_when_whole
-from data import Broken, Encoder, Example, Tolerant, Toy, Unfit
+from data import Broken, Encoder, Example, OneFrame, Stream, Tolerant, Toy, Unfit
 from distributed import place
 from encoders import GroundedSAM
 from manifests import Row, parquet, read_manifest
@@ -118,6 +118,28 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
         raise BadInput(f"{count} examples were asked for, and {source} has {len(dataset)}.")
     length = count or len(dataset)
     return (dataset if isinstance(dataset, Cache) else Tolerant(dataset, length, out / "skipped.jsonl", args.broken)), length
+
+
+def of_the_toy(dataset) -> bool:
+    """Whether it is the toy's world, or a cache of it."""
+    if isinstance(dataset, OneFrame):
+        return of_the_toy(dataset.dataset)
+    return isinstance(dataset, Toy) or isinstance(dataset, Cache) and dataset.settings.get("data") is None
+
+
+def check_sources(streams: dict[str, Stream]) -> None:
+    """streams: by the flags that name their data. Raises where a forgotten flag would mix one's own data with drawn creatures."""
+    toys = [flag for flag, stream in streams.items() if of_the_toy(stream.dataset)]
+    own = [flag for flag in streams if flag not in toys]
+    if toys and own:
+        raise BadInput(f"{own[0]} is given and {toys[0]} is not: creatures of the toy's world would be trained on beside your own data. "
+                       f"Give {toys[0]} too.")
+
+
+def what_is_trained_on(streams: dict[str, Stream], encoder: Encoder) -> dict:
+    """For a run's settings: how many examples there are, on which their order depends, and by which networks they are encoded."""
+    live = [stored_settings(encoder, name)["weights"] for name, stream in streams.items() if not isinstance(stream.dataset, Cache)]
+    return {f"examples of {name}": stream.length for name, stream in streams.items()} | {"encoders": live[0] if live else None}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

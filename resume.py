@@ -74,15 +74,37 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     """The newest whole checkpoint in `folder` and its state. Broken ones are passed over, and said so."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         try:
-            state = read_json(candidate / "state.json")
-            for name, size in state["files"].items():
-                if (candidate / name).stat().st_size != size:
-                    raise BadInput(f"{name} is cut short")
-                safe_open(candidate / name, "pt")
-            return candidate, state
-        except (BadInput, OSError, KeyError, SafetensorError) as error:
-            print(f"warning: {candidate} is not whole ({error}); falling back to the one before", file=sys.stderr)
+            return candidate, state_of(candidate)
+        except BadInput as error:
+            print(f"warning: {error}; falling back to the one before", file=sys.stderr)
     return None
+
+
+def state_of(candidate: Path) -> dict:
+    """The state of a checkpoint, which must be whole."""
+    try:
+        state = read_json(candidate / "state.json")
+        for name, size in state["files"].items():
+            if (candidate / name).stat().st_size != size:
+                raise BadInput(f"{name} is cut short")
+            safe_open(candidate / name, "pt")
+        return state
+    except (BadInput, OSError, KeyError, SafetensorError) as error:
+        raise BadInput(f"{candidate} is not whole ({error})") from error
+
+
+def agreed_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
+    """last_checkpoint() as the first rank sees it: ranks that went on from different steps would train nonsense."""
+    found = last_checkpoint(folder) if ranks.first else None
+    step = ranks.from_first(found[1]["step"] if found else -1)
+    if ranks.first or step < 0:
+        return found
+    chosen = folder / f"step-{step:06d}"
+    try:
+        return chosen, state_of(chosen)
+    except BadInput as error:
+        raise BadInput(f"Rank {ranks.rank} cannot go on from where the first one does: {error}. Nodes need an --out on a disk that they "
+                       f"share.") from error
 
 
 @torch.no_grad()

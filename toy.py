@@ -3,7 +3,7 @@
     python toy.py build [--stages vae base ..] trains one, stage by stage; a stage that was stopped goes on where it was
     python toy.py score [--count 64]           identity, motion, background and look on held-out subjects, by method
 
-checkpoints/toy was made so.
+checkpoints/toy was made so but for its history, which the README tells.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import evaluate
 import media
 import world
 from cache import Cache, stored_settings, write_cache
-from checkpoint import BadInput, exit_status, name_base
+from checkpoint import BadInput, exit_status, name_base, write_text
 from data import Encoder, Stream, Toy, posterior_sample
 from diffusion import alpha_bar_schedule, training_loss
 from encoders import Tokenizer
@@ -40,6 +40,10 @@ TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (16000, 2e-3), "i2v": (
 # then comes the paper's strategy, and then, as shapes take long, all blocks once more, which see DINO's tokens more often.
 SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0 --lr 1e-3"), "sugar": ((8000, 6000), "--strategy tsf --lr 1.5e-3"),
                 "sugar_long": ((16000,), "--strategy mix --p 0.5 --drop-dino 0.2 --drop-text 0.1 --lr 2e-3 --warmup 200")}
+
+
+def vae_batch(stream: str) -> int:
+    return 2 if stream == "clips" else 8
 
 
 class Builder:
@@ -161,7 +165,7 @@ class Builder:
 
         def plan(step: int) -> tuple[str, int]:
             stream = streams[step % len(streams)]
-            return stream, 2 if stream == "clips" else 8
+            return stream, vae_batch(stream)
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
             videos, masks, device = [], [], self.ranks.device
@@ -283,6 +287,7 @@ STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Bu
 
 def build(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
+    ranks.share(min(vae_batch(stream) for _, _, streams, *_ in VAE_STAGES.values() for stream in streams))  # now, not in the fourth stage
     builder = Builder(args.out, args.work, ranks, args.scale)
     for stage in args.stages:
         done = args.work / stage / "done"  # with the scale at which it was
@@ -293,7 +298,7 @@ def build(args: argparse.Namespace) -> None:
             STAGES[stage](builder)
             if ranks.first:
                 done.parent.mkdir(parents=True, exist_ok=True)
-                done.write_text(str(args.scale))
+                write_text(done, str(args.scale))
             ranks.wait()  # the next stage reads what the first rank has just written
     print(f"wrote {args.out}")
 

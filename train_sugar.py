@@ -24,7 +24,7 @@ from data import Encoder, OneFrame, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors, save_transformer
 from pipeline import read_schedule
-from readers import add_arguments, clip_of, open_data
+from readers import add_arguments, check_sources, clip_of, open_data, what_is_trained_on
 from training import (DTYPES, Options, add_common, check_parallel, check_range, check_settings, drop_earlier, generator, options_of,
                       print_plan, settings_of, train)
 from vae import VAEConfig
@@ -120,8 +120,10 @@ def run(args: argparse.Namespace) -> None:
     check_parallel(args, ranks, config.num_attention_heads)
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
     clip, streams = clip_of(args, config), {}
-    for name, kind, source, count in (("real", "subjects", args.real_data, args.real),
-                                      ("synthetic", "triplets", args.data, args.triplets)):
+    for name, kind, source, count, none in (("real", "subjects", args.real_data, args.real, 1),
+                                            ("synthetic", "triplets", args.data, args.triplets, 0)):
+        if all(stage.p == none for stage in stages):  # not one of them has any of it
+            continue
         dataset, length = open_data(source, kind, count, 1600, clip, args, encoder, args.out / kind)
         if name == "synthetic" and args.synthetic == "image":
             if isinstance(dataset, Cache):
@@ -129,20 +131,23 @@ def run(args: argparse.Namespace) -> None:
                                f"triplets themselves.")
             dataset, length = OneFrame(dataset, args.seed), length * OneFrame.EACH
         streams[name] = Stream(dataset, length, encoder, args.seed)
+    flags = {"real": "--real-data", "synthetic": "--data"}
+    check_sources({flags[name]: stream for name, stream in streams.items()})
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     if args.restart:
         drop_earlier(ranks, args.out / "transformer", args.out / "model_index.json",
                      *(args.out / stage.name / part for stage in stages
                        for part in ("checkpoints", "transformer", "settings.json", "validation", "validation.jsonl")),
                      *(args.out / kind / "skipped.jsonl" for kind in ("subjects", "triplets")))
-    example = streams["real"][0]  # says how many image tokens there are, and how wide
+    example = next(iter(streams.values()))[0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")
     for stage in stages:
         out = args.out / stage.name
         # Real videos alone teach no other look than the image's.
         shown = ToyTest(args.seed) if isinstance(held_out, ToyTest) and stage.p == 0 else held_out
-        settings = settings_of(args, stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights))
+        settings = settings_of(args, stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights),
+                               **what_is_trained_on(streams, encoder))
         if (out / "transformer").is_dir():  # it has come to its end before
             if (out / "settings.json").exists():  # else another run has handed it on
                 check_settings(checkpoint.read_json(out / "settings.json"), settings, out)

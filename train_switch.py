@@ -23,7 +23,7 @@ from diffusion import T, alpha_bar_schedule, training_loss
 from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
 from pipeline import read_schedule, switch_stands_on
-from readers import add_arguments, clip_of, open_data
+from readers import add_arguments, check_sources, clip_of, open_data, what_is_trained_on
 from training import (DTYPES, Options, add_common, check_parallel, check_range, drop_earlier, generator, options_of, print_plan,
                       settings_of, train)
 from vae import VAEConfig
@@ -68,6 +68,12 @@ def runs_of(args: argparse.Namespace) -> list[tuple[str, int]]:
     return [("image", args.steps - video), ("video", video)]
 
 
+def phases_of(args: argparse.Namespace) -> list[str]:
+    """Those that occur."""
+    p = {"image-only": 0, "video-only": 1}.get(args.strategy, args.p)
+    return ["image"] * (p < 1) + ["video"] * (p > 0)
+
+
 def phase_of(step: int, args: argparse.Namespace, run: str = "") -> str:
     """Algorithm 1, "Sample u ~ U(0, 1); if u < p": "video" or "image". The same on every rank and in a resumed run."""
     if args.strategy in ("image-only", "video-only"):
@@ -102,9 +108,9 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
         model = prepare(Transformer(config).bfloat16(), adapter)
     block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
     clip = clip_of(args, config)
-    frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
-    frames += args.reference_drop < 1  # the video phase, with a reference
-    tokens = config.max_text_seq_length + frames * h * w // config.patch_size**2
+    T, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
+    latents = {"image": 2 * h * h, "video": (T + (args.reference_drop < 1)) * h * w}  # with the reference; pairs are squares
+    tokens = config.max_text_seq_length + max(latents[phase] for phase in phases_of(args)) // config.patch_size**2
     phases = [phase_of(step, args, name) for name, steps in runs_of(args) for step in range(steps)]
     samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
     print_plan(model, block, folder, tokens, max(args.image_batch, args.video_batch), samples, args, world)
@@ -138,8 +144,10 @@ def run(args: argparse.Namespace) -> None:
     clip, streams = clip_of(args, config), {}
     for phase, kind, source, count, toy_count in (("image", "pairs", args.image_data, args.images, 4000),
                                                   ("video", "videos", args.video_data, args.videos, 400)):
-        dataset, length = open_data(source, kind, count, toy_count, clip, args, encoder, args.out / kind)
-        streams[phase] = Stream(dataset, length, encoder, args.seed)
+        if phase in phases_of(args):
+            dataset, length = open_data(source, kind, count, toy_count, clip, args, encoder, args.out / kind)
+            streams[phase] = Stream(dataset, length, encoder, args.seed)
+    check_sources({f"--{phase}-data": stream for phase, stream in streams.items()})
 
     held_out = held_out_subjects(args, clip, ToyTest(args.seed), streams, encoder, ranks)
     if args.restart:
@@ -167,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), **given)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
-    settings = settings_of(args, weights=checkpoint.fingerprint(weights))
+    settings = settings_of(args, weights=checkpoint.fingerprint(weights), **what_is_trained_on(streams, encoder))
     for name, steps in runs_of(args):
         out = args.out / name
 

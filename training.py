@@ -29,7 +29,7 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import BadInput, at_least
 from distributed import SMALL, Ranks, check_compiler, local, reshard
-from resume import last_checkpoint, load_checkpoint, save_checkpoint
+from resume import agreed_checkpoint, load_checkpoint, save_checkpoint
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -104,6 +104,8 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
     for name in probabilities:
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a probability from 0 to 1.")
+    if args.out.exists() and not args.out.is_dir():
+        raise BadInput(f"--out {args.out} is a file: give a folder, which may be new.")
     at_least(1, args, *counts, "steps", "micro_batch", "save_every", "validate_every", "keep")
     at_least(0, args, "validate_count", "max_skipped", "warmup", "seed", "weight_decay")
     for name in ("ema", "beta2"):
@@ -121,8 +123,8 @@ def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
 
 
 def kept_for_backward(block: nn.Module, config, lora_tokens: str, tokens: int = 512) -> float:
-    """Bytes that autograd keeps of one block for each token: counted, by running the block (on the CPU, in bfloat16). lora_tokens: on
-    whom its LoRAs act, "all" or "reference"."""
+    """Bytes in bfloat16 that autograd keeps of one block for each token: counted, by running the block on the CPU. lora_tokens: on whom
+    its LoRAs act, "all" or "reference"."""
     kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
@@ -156,11 +158,12 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
-    one, inputs = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")), 2 * config.dim
+    size = DTYPES[args.dtype].itemsize
+    one, inputs = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")) * size / 2, size * config.dim
     each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
     kept = each * config.num_layers + (one if args.recompute else 0)
     lies = world == 1 and args.dtype == "bf16"  # and what is frozen is used as it lies
-    gathered = lambda part: 2 * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
+    gathered = lambda part: size * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
     whole, largest = gathered(model), gathered(block)
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
@@ -226,7 +229,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
     average = {key: p.detach().clone() for key, p in trained.items()} if options.ema else {}
     tensors = state_tensors(trained, held, optimizer, average)
     state, metrics = State(), options.out / "metrics.jsonl"
-    found = last_checkpoint(folder)
+    found = agreed_checkpoint(folder, ranks)
     if found is not None:
         check_settings(found[1]["settings"], settings, options.out)
         load_checkpoint(*found, tensors, ranks)
@@ -235,12 +238,15 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         options.out.mkdir(parents=True, exist_ok=True)
         keep_lines(metrics, state.step)
 
-    def look() -> None:
+    def look() -> float:
+        """Returns the seconds that it took, which are not training's."""
+        begun = time.perf_counter()
         model.eval()
         swap(trained, average)  # what is shown is what a run that ended here would hand on
         validate(state.step)
         swap(trained, average)
         reshard(model)
+        return time.perf_counter() - begun
 
     def due() -> bool:
         return options.validate_count > 0 and (state.step % options.validate_every == 0 or state.step == options.steps)
@@ -299,7 +305,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
             if stopping:
                 break
             if due():
-                look()
+                clock += look()
         bar.close()
         stopped = ranks.any(stop.asked)  # be it after the last step: there may be another stage
     if ranks.first and stopped:

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import media
-from cache import Cache
 from checkpoint import BadInput
-from data import Encoder, Example, OneFrame, Stream, Toy, ToyTest
+from data import Encoder, Example, Stream, ToyTest
 from diffusion import alpha_bar_schedule
 from distributed import Ranks
 from media import Clip
 from pipeline import Conditions, Request, Settings, noise_source, read_scales, sample_latents
+from readers import of_the_toy
 from sample import read_listing
 from training import keep_lines
 
@@ -56,13 +56,6 @@ def held_out_subjects(args: argparse.Namespace, clip: Clip, toy: ToyTest, stream
     if args.validate_count and ranks.first:
         print("there will be no validation sheets: name subjects with --validate-on", file=sys.stderr)
     return None
-
-
-def of_the_toy(dataset) -> bool:
-    """Whether it is the toy's world, or a cache of it."""
-    if isinstance(dataset, OneFrame):
-        return of_the_toy(dataset.dataset)
-    return isinstance(dataset, Toy) or isinstance(dataset, Cache) and dataset.settings.get("data") is None
 
 
 class Validation:

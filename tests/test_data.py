@@ -1,6 +1,7 @@
 """The published datasets' own files, from the folder they lie in to a trained model: directly, and through a cache."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,30 @@ def test_switch_trains_on_published_files_and_on_caches_of_them(published, base,
         assert "lasts 0.50 s" in short and "torn.mp4: it cannot be read" in torn
     for log in (tmp_path / "plain" / "pairs", tmp_path / "pairs"):
         assert skipped(log).keys() == {4, 5} and all("train-00002.parquet is truncated" in reason for reason in skipped(log).values())
+
+
+def test_a_forgotten_source_is_named_and_one_that_nobody_reads_is_not_asked_for(published, base, tmp_path, capfd):
+    """Else drawn creatures would be mixed in, without a word."""
+    data, common = str(published / "Subjects200K"), ["--model", str(base), "--steps", "1", "--out", str(tmp_path / "run"), *QUIET]
+    assert train_switch.main([*common, "--image-data", data]) == 2
+    assert "--image-data is given and --video-data is not" in capfd.readouterr().err
+    assert train_sugar.main([*common, "--real-data", str(published / "videos")]) == 2
+    assert "--real-data is given and --data is not" in capfd.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert train_switch.main([*common, "--image-data", data, "--height", "64", "--strategy", "image-only", "--image-batch", "2"]) == 0
+    assert [step["stream"] for step in steps(tmp_path / "run")] == ["image"]
+
+
+def test_a_run_whose_data_have_grown_is_not_resumed(published, base, tmp_path, capfd):
+    """The order of examples depends on their number: a position would mean another one."""
+    shutil.copytree(published / "videos", tmp_path / "videos")
+    run = ["--model", str(base), "--video-data", str(tmp_path / "videos"), "--strategy", "video-only", "--p", "1", "--video-batch", "2",
+           "--out", str(tmp_path / "run"), "--broken", "1", *QUIET]
+    assert train_switch.main([*run, "--steps", "2"]) == 0
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(tmp_path / "videos" / f"a{suffix}", tmp_path / "videos" / f"d{suffix}")
+    assert train_switch.main([*run, "--steps", "2"]) == 2
+    assert "with examples of video = 5, and now it is 6" in capfd.readouterr().err
 
 
 def test_sugar_trains_on_videos_with_their_subject_cut_out_and_on_triplets(published, base, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 import distributed
 import resume
+import train_sugar
 from checkpoint import BadInput
 from resume import last_checkpoint, load_checkpoint, save_checkpoint
 
@@ -65,6 +67,11 @@ def wait_for_steps(process: subprocess.Popen, out: Path, lines: int) -> None:
         time.sleep(0.02)
 
 
+def saved(out: Path) -> set[tuple]:
+    """The checkpoints that are there, so told apart that one written again is another."""
+    return {(str(file.relative_to(out)), file.stat().st_ino, file.stat().st_mtime_ns) for file in out.rglob("step-*/state.json")}
+
+
 def children(pid: int) -> list[int]:
     """The processes that `pid` has started."""
     parents = {int(stat.parent.name): int(stat.read_text().rpartition(")")[2].split()[1]) for stat in Path("/proc").glob("[0-9]*/stat")}
@@ -73,15 +80,17 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("script,arguments,steps", [("train_switch.py", SWITCH, 12), ("train_sugar.py", SUGAR.replace("mix", "tsf"), 5)])
 def test_killed_and_resumed_is_bit_for_bit_the_uninterrupted_run(script, arguments, steps, base, tmp_path, seed):
-    """Of SUGAR in either stage, of which the second has frozen blocks."""
-    arguments += f" --steps {steps} --seed {seed % 1000}"
+    """Of SUGAR in either stage, of which the second has frozen blocks. It is resumed, not begun anew: what was saved is not written again."""
+    arguments += f" --steps {steps} --seed {seed % 1000} --keep 99"
     whole = start(script, base, tmp_path / "whole", arguments)
     killed = start(script, base, tmp_path / "killed", arguments)
-    wait_for_steps(killed, tmp_path / "killed", 2 + seed % 6)
+    wait_for_steps(killed, tmp_path / "killed", 3 + seed % 6)  # the second step is saved before there is a third
     killed.kill()
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
+    before = saved(tmp_path / "killed")
     finish(start(script, base, tmp_path / "killed", arguments))
+    assert before and before < saved(tmp_path / "killed")
     finish(whole)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
     ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
@@ -101,14 +110,16 @@ def test_sigterm_saves_and_exits_0_and_other_settings_are_refused_by_name(base, 
 
 
 def test_a_rank_that_dies_ends_all_and_torchrun_begins_again_where_they_were(base, tmp_path, seed):
-    arguments = SWITCH + " --steps 20"
+    arguments = SWITCH + " --steps 20 --keep 99"
     whole = start("train_switch.py", base, tmp_path / "whole", arguments, ranks=2)
     killed = start("train_switch.py", base, tmp_path / "killed", arguments, ranks=2, restarts=1)
     wait_for_steps(killed, tmp_path / "killed", 3)
     ranks = children(killed.pid)
     assert len(ranks) == 2
+    before = saved(tmp_path / "killed")
     os.kill(ranks[seed % 2], signal.SIGKILL)
     finish(killed)
+    assert before and before < saved(tmp_path / "killed")
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     finish(whole)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
@@ -120,7 +131,7 @@ def test_a_rank_that_dies_ends_all_and_torchrun_begins_again_where_they_were(bas
 def test_two_ranks_are_one_rank_and_what_two_saved_one_resumes(script, arguments, base, tmp_path):
     arguments += " --dtype fp32" + (" --dropout 0" if "switch" in script else "")
     finish(start(script, base, tmp_path / "one", arguments + " --steps 5"))
-    finish(start(script, base, tmp_path / "two", arguments + " --steps 5", ranks=2))
+    finish(start(script, base, tmp_path / "two", arguments + " --steps 5 --micro-batch 1", ranks=2))  # so that both accumulate gradients
     for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert ours["stream"] == theirs["stream"] and ours["samples"] == theirs["samples"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
@@ -136,6 +147,28 @@ def test_two_ranks_are_one_rank_and_what_two_saved_one_resumes(script, arguments
     assert "falling back to the one before" in said
     resumed = weights(tmp_path / "two")
     assert all((resumed[key] - two[key]).norm() <= 2e-3 * two[key].norm() + 1e-6 for key in two)
+
+
+@pytest.mark.parametrize("script,arguments", [("train_switch.py", SWITCH + " --dropout 0 --p 0.5 --seed 1"), ("train_sugar.py", SUGAR)])  # the toy has three heads
+def test_ranks_that_share_each_sample_train_as_one_does(script, arguments, base, tmp_path):
+    arguments += " --dtype fp32 --steps 2 --warmup 1"
+    finish(start(script, base, tmp_path / "one", arguments))
+    finish(start(script, base, tmp_path / "three", arguments + " --sequence-parallel 3", ranks=3))
+    for ours, theirs in zip(metrics(tmp_path / "three"), metrics(tmp_path / "one"), strict=True):
+        assert ours["stream"] == theirs["stream"] and ours["samples"] == theirs["samples"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_a_rank_that_does_not_see_the_checkpoint_does_not_begin_anew(tmp_path):
+    """As on a node whose disk is its own."""
+    first, second = (SimpleNamespace(first=rank == 0, rank=rank, from_first=lambda step: 2) for rank in (0, 1))
+    assert resume.agreed_checkpoint(tmp_path, first) is None
+    save_checkpoint(tmp_path / "shared", {"model.x": torch.arange(6.0)}, {"step": 2, "positions": {}, "skipped": 0, "seconds": 0, "settings": {}},
+                    distributed.start("cpu"), keep=2)
+    found = resume.agreed_checkpoint(tmp_path / "shared", first)
+    assert resume.agreed_checkpoint(tmp_path / "shared", second) == found and found[1]["step"] == 2
+    with pytest.raises(BadInput, match="Rank 1 cannot go on from where the first one does.*a disk that they share"):
+        resume.agreed_checkpoint(tmp_path, second)
 
 
 def test_both_stages_of_sugar_on_two_ranks(base, tmp_path):
@@ -175,7 +208,7 @@ def test_a_run_begun_anew_is_resumed_from_its_own_checkpoints(base, tmp_path):
 def test_the_second_of_two_stages_has_a_schedule_of_its_own_and_goes_on_from_the_first(base, tmp_path):
     """Else its learning rate would be what a cosine leaves at its end. Stopped in the second, resumed, and without the sheets: the
     same bit for bit."""
-    arguments = SWITCH + " --strategy two-stage --steps 10 --warmup 1"
+    arguments = SWITCH + " --strategy two-stage --steps 10 --warmup 1 --keep 99"
     finish(start("train_switch.py", base, tmp_path / "whole", arguments + " --validate-count 1"))
     rates, seen = {}, {}
     for name, steps in (("image", 6), ("video", 4)):
@@ -184,10 +217,12 @@ def test_the_second_of_two_stages_has_a_schedule_of_its_own_and_goes_on_from_the
         assert len(lines) == steps and max(rates[name]) == 0.01
     assert seen == {"image": {"image"}, "video": {"video"}}
     process = start("train_switch.py", base, tmp_path / "killed", arguments)
-    wait_for_steps(process, tmp_path / "killed" / "video", 1)
+    wait_for_steps(process, tmp_path / "killed" / "video", 3)
     process.kill()
     process.communicate()
+    before = saved(tmp_path / "killed")
     finish(start("train_switch.py", base, tmp_path / "killed", arguments))
+    assert {name.split("/")[0] for name, *_ in before} == {"image", "video"} and before <= saved(tmp_path / "killed")
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
     # The second begins where the first has ended: two of its steps go no further than two learning rates.
@@ -221,9 +256,18 @@ def test_sheets_of_subjects_that_a_user_gives(base, tmp_path):
     assert "'a creature' needs an image" in process.communicate(timeout=400)[1] and process.returncode == 2
 
 
-def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, tmp_path):
-    arguments = SUGAR.replace("mix", "tsf") + " --steps 2 --warmup 1 --lr 0.01 --validate-count 1"
-    finish(start("train_sugar.py", base, tmp_path / "run", arguments))
+def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, tmp_path, monkeypatch):
+    frozen, train = {}, train_sugar.train
+
+    def watched(model, options, *more) -> bool:
+        """What is frozen, after training: in memory, as it is not what is written that tells."""
+        done = train(model, options, *more)
+        frozen[options.out.name] = {key: distributed.local(p.detach()).clone() for key, p in model.named_parameters() if not p.requires_grad}
+        return done
+
+    monkeypatch.setattr(train_sugar, "train", watched)
+    arguments = SUGAR.replace("mix", "tsf") + " --steps 2 --warmup 1 --lr 0.01"
+    assert train_sugar.main([*command("", base, tmp_path / "run", arguments)[2:], "--validate-count", "1"]) == 0
     for stage in ("real", "mixed"):
         sheet = Image.open(tmp_path / f"run/{stage}/validation/step-000002.png")
         assert sheet.height == 2 * 64 + 4 and Image.open(tmp_path / f"run/{stage}/validation/step-000002.gif").n_frames > 1
@@ -236,6 +280,8 @@ def test_the_frozen_half_is_truly_unchanged_and_each_stage_leaves_a_sheet(base, 
     changed = {key for key in real if not torch.equal(real[key], mixed[key])}
     assert {"patch_embed.proj.weight", "dino_proj.weight", "null_dino", "transformer_blocks.2.attn1.to_q.weight"} <= changed
     assert not changed & first
+    assert frozen["real"] == {} and frozen["mixed"].keys() == first
+    assert all(torch.equal(p, real[key].to(torch.bfloat16)) for key, p in frozen["mixed"].items())
 
 
 @pytest.mark.parametrize("damage", ["cut short", "zeros"])

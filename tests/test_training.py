@@ -235,6 +235,17 @@ def test_the_plan_is_for_the_clips_that_are_asked_for(base, tmp_path, capsys):
         assert train_switch.main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu {size}".split()) == 0
         tokens.append(int(re.search(r"tokens in a sample +([\d,]+)", capsys.readouterr().out)[1].replace(",", "")))
     assert tokens == [toy_networks.TOKENS + (3 + 1) * 4 * 4, toy_networks.TOKENS + (5 + 1) * 6 * 4]
+    assert train_switch.main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --strategy image-only".split()) == 0
+    assert f"tokens in a sample     {toy_networks.TOKENS + 2 * 4 * 4}\n" in capsys.readouterr().out  # a picture and its reference
+
+
+@pytest.mark.parametrize("main", [train_switch.main, train_sugar.main])
+def test_a_plan_in_float32_counts_twice_the_activations(main, base, tmp_path, capsys):
+    sizes = []
+    for dtype in ("bf16", "fp32"):
+        assert main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --micro-batch 4096 --dtype {dtype}".split()) == 0
+        sizes.append(float(re.search(r"activations of 4096 samples +([\d.]+)", capsys.readouterr().out)[1]))
+    assert sizes[0] > 1 and sizes[1] == pytest.approx(2 * sizes[0], abs=0.02)
 
 
 @pytest.mark.parametrize("flags", ["--seed -1", "--beta2 1", "--ema 1.5", "--lr 0", "--lr nan", "--clip 0", "--alpha 0", "--plan --rate 0",
@@ -428,6 +439,7 @@ def test_the_posterior_is_sampled_with_its_deviation(seed):
     (train_switch.main, "--steps 0", "--steps 0: choose 1 or more"),
     (train_switch.main, "--strategy video-only --p 0", "--p 0.0 of the steps are none"),
     (train_switch.main, "--validate-count -1", "--validate-count -1: choose 0 or more"),
+    (train_switch.main, "--out {base}/model_index.json --model {base}", "model_index.json is a file: give a folder"),
     (train_switch.main, "--validate-on nowhere.jsonl", "nowhere.jsonl cannot be read"),
     (train_switch.main, "--model nowhere", "There is no folder nowhere"),
     (train_switch.main, "--model {base}/i2v", "Switch cannot stand on"),
@@ -437,8 +449,8 @@ def test_the_posterior_is_sampled_with_its_deviation(seed):
     (train_sugar.main, "--model {base}/i2v", "SUGAR cannot stand on"),
 ])
 def test_bad_input_is_one_sentence_before_any_training(main, arguments, phrase, base, tmp_path, capfd):
-    status = main(f"{arguments.format(base=base)} --out {tmp_path / 'run'} --device cpu".split()
-                  if "--model" in arguments else f"{arguments} --model {base} --out {tmp_path / 'run'} --device cpu".split())
+    defaults = f"--model {base} --out {tmp_path / 'run'} --device cpu"
+    status = main(f"{defaults} {arguments.format(base=base)}".split())  # the last of two counts
     errors = [line for line in capfd.readouterr().err.splitlines() if line]
     assert status == 2 and len(errors) == 1 and errors[0].startswith("error: ") and phrase in errors[0]
     assert not (tmp_path / "run").exists()
