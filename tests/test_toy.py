@@ -64,7 +64,7 @@ def test_a_stage_built_at_another_scale_is_not_taken_for_done(built, capsys):
 
 
 def test_ranks_that_cannot_share_a_later_stage_are_refused_before_the_first(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(toy.distributed, "start", lambda device: toy.distributed.Ranks(0, 4, torch.device("cpu")))
+    monkeypatch.setattr(toy.distributed, "start", lambda device: toy.distributed.Ranks(0, 4, torch.device("cpu"), None))
     assert toy.main(["build", "--out", str(tmp_path / "toy"), "--work", str(tmp_path / "work")]) == 2
     assert "A batch of 2 cannot be shared out evenly among 4 ranks" in capsys.readouterr().err and not any(tmp_path.iterdir())
 
