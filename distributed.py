@@ -114,6 +114,8 @@ def start(device: str | None = None, sequence: int = 1) -> Ranks:
     if not dist.is_initialized():
         # A rank that waits longer than this for another will not see it again: it ends, and torchrun starts all anew.
         store = unused_part(*next(dist.rendezvous("env://"))) if "RANK" in os.environ else dist.HashStore()
+        # Of an error nccl leaves a note in torchrun's store, past unused_part(), for which ranks that begin anew would end themselves.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -190,8 +192,9 @@ def reshard(model: nn.Module) -> None:
 
 def check_compiler(device: str) -> None:
     """Raises where torch.compile would fail: it writes C++ for the CPU and Triton for a GPU."""
-    if device.startswith("cuda"):
-        missing = "" if find_spec("triton") else "the package triton"
+    if device.startswith("cuda"):  # Triton has its launchers compiled from C
+        c = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+        missing = "the package triton" if not find_spec("triton") else "" if c else "a C compiler (gcc, clang, or what CC names)"
     else:
         missing = "" if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler (g++, or what CXX names)"
     if missing:

@@ -116,8 +116,8 @@ def pixel_grid(x: Tensor) -> Tensor:
 def sample(x: Tensor, at: Tensor, mode: str, padding: str) -> Tensor:
     """x [B, C, H, W] at the positions `at` [B, 2, h, w] in its pixels -> [B, C, h, w]."""
     height, width = x.shape[-2:]
-    last = torch.tensor([width - 1, height - 1], device=x.device, dtype=x.dtype)
-    return F.grid_sample(x, 2 * at.permute(0, 2, 3, 1) / last - 1, mode, padding, align_corners=True)
+    grid = torch.stack([2 * at[:, 0] / (width - 1) - 1, 2 * at[:, 1] / (height - 1) - 1], dim=-1)  # of numbers, for which a GPU need not wait
+    return F.grid_sample(x, grid, mode, padding, align_corners=True)
 
 
 def correlation_pyramid(first: Tensor, second: Tensor) -> list[Tensor]:
@@ -262,8 +262,8 @@ def refine(first: Tensor, second: Tensor, flow: Tensor, dual: Tensor) -> tuple[T
 def warp(x: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     """x where the flow [B, 2, H, W] points to, and whether [B, 1, H, W] that is within the frame."""
     at = pixel_grid(flow) + flow
-    last = torch.tensor([x.shape[-1] - 1, x.shape[-2] - 1], device=x.device).view(2, 1, 1)
-    return sample(x, at, "bicubic", "border"), ((at >= 0) & (at <= last)).all(dim=1, keepdim=True)
+    inside = (at >= 0).all(dim=1, keepdim=True) & (at[:, :1] <= x.shape[-1] - 1) & (at[:, 1:] <= x.shape[-2] - 1)
+    return sample(x, at, "bicubic", "border"), inside
 
 
 def filtered(x: Tensor, kernel: list[float], dims: tuple[int, ...] = (-1, -2)) -> Tensor:

@@ -242,7 +242,7 @@ class Builder:
         out = self.work / "switch"
         encoder = Encoder(self.folder, "token", TOKENS, self.ranks.device)
         train_switch.run(train_switch.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", self.ranks.device.type, "--steps", str(self.count(12000)),
+            ["--model", str(self.folder), "--out", str(out), "--device", str(self.ranks.device), "--steps", str(self.count(12000)),
              "--image-data", str(self.cached("pairs", 8000, encoder).folder),
              "--video-data", str(self.cached("videos", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
@@ -262,7 +262,7 @@ class Builder:
         encoder = Encoder(self.folder, "none", TOKENS, self.ranks.device, sugar=True)
         train_sugar.run(train_sugar.parse(
             ["--model", str(before), "--out", str(out),
-             "--device", self.ranks.device.type, *flags.split(),
+             "--device", str(self.ranks.device), *flags.split(),
              *(word for flag, count in zip(("--steps", "--second-steps"), steps) for word in (flag, str(self.count(count)))),
              "--real-data", str(self.cached("subjects", 8000, encoder).folder),
              "--data", str(self.cached("triplets", 12000, encoder).folder), "--validate-every", "1000"]))

@@ -8,6 +8,7 @@ image, and from synthetic ones, whose subject looks different but hardly moves.
 """
 
 import argparse
+import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -155,6 +156,7 @@ def run(args: argparse.Namespace) -> None:
                              {**image, "design": args.design}):
             return  # stopped by a signal
         weights = out / "transformer"
+        gc.collect()  # FSDP2's modules refer to each other: else this stage's weights would stay beside the next one's
     if ranks.first:
         save_transformer(load_transformer(weights, dtype=DTYPES[args.dtype]), args.out / "transformer")  # the stages' are float32
         base = str(folder.resolve()) if Path(args.model).is_dir() else args.model

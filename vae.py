@@ -9,7 +9,8 @@ Where the decoder's frames are large, a chunk is a list of slices, a few frames 
 group norms need all of a chunk at once, and of it no more than its mean and variance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -342,6 +343,18 @@ class VAE(nn.Module):
         return torch.cat(rows, dim=-2)
 
 
+@contextmanager
+def out_of_memory_by_name() -> Iterator[None]:
+    """cuDNN says that it finds no engine for a convolution where there is no memory for one to work in."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "unable to find an engine" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
+@out_of_memory_by_name()
 def in_chunks(x: Tensor, network: nn.Module, chunk: int) -> Tensor:
     """Runs network over x [B, C, T, H, W] `chunk` frames at a time, the first time with the remainder of T."""
     cache: Cache = None if x.shape[2] == 1 else {}

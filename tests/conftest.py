@@ -7,6 +7,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # another worker has the other core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take the processor from the others
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has no --device stays on the CPU, with the process group of the others
+
 import pytest
 import torch
 import toy_networks

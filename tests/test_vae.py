@@ -127,6 +127,19 @@ def test_tiles_of_any_size_keep_the_size_of_the_video(sides):
     assert mean.shape == (1, 16, 1, 12, 14) and ours.decode(mean).shape == (1, 3, 1, 96, 112)
 
 
+@pytest.mark.parametrize("said,expected", [("GET was unable to find an engine to execute this computation", torch.OutOfMemoryError),
+                                           ("the devil is in it", RuntimeError)])
+def test_a_convolution_without_memory_is_told_as_such(said, expected, monkeypatch):
+    """Or sampling would not go on in tiles."""
+    def fail(self, x, cache):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(vae.CausalConv3d, "forward", fail)
+    with pytest.raises(RuntimeError, match=said) as error:
+        VAE(VAEConfig(**TINY_VAE)).decode(torch.zeros(1, 16, 1, 4, 4))
+    assert type(error.value) is expected
+
+
 def test_frames_that_the_official_vae_cannot_do_are_refused():
     ours = VAE(VAEConfig(**TINY_VAE))
     with pytest.raises(ValueError, match="8k\\+1"):
