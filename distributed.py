@@ -193,7 +193,7 @@ def reshard(model: nn.Module) -> None:
 def check_compiler(device: str) -> None:
     """Raises where torch.compile would fail: it writes C++ for the CPU and Triton for a GPU."""
     if device.startswith("cuda"):  # Triton has its launchers compiled from C
-        c = any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang"))
+        c = any(shutil.which(name) for name in ([os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]))
         missing = "the package triton" if not find_spec("triton") else "" if c else "a C compiler (gcc, clang, or what CC names)"
     else:
         missing = "" if shutil.which(os.environ.get("CXX", "g++")) else "a C++ compiler (g++, or what CXX names)"

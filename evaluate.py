@@ -334,7 +334,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     m.add_argument("--count", type=int, help="videos to classify (default: all; of the toy's 64)")
     m.add_argument("--trained-share", type=float, default=0.0, help="what training had as --share of these videos is left out: the paper "
                    "tests on others (default: nothing)")
-    m.add_argument("--trained-seed", type=int, default=0, help="that training's --seed (default: %(default)s)")
+    m.add_argument("--trained-seed", type=int, default=0, help="the --seed of that training, or of the data.py cache "
+                   "that it was given (default: %(default)s)")
     m.add_argument("--per-class", type=int, default=300, help="videos of each class (default: %(default)s)")
     for name, pixels in (("camera", 10), ("small", 25), ("medium", 50)):
         m.add_argument(f"--{name}", type=float, default=pixels, help="pixels at a height of 480 (default: %(default)s)")

@@ -116,7 +116,7 @@ def pixel_grid(x: Tensor) -> Tensor:
 def sample(x: Tensor, at: Tensor, mode: str, padding: str) -> Tensor:
     """x [B, C, H, W] at the positions `at` [B, 2, h, w] in its pixels -> [B, C, h, w]."""
     height, width = x.shape[-2:]
-    grid = torch.stack([2 * at[:, 0] / (width - 1) - 1, 2 * at[:, 1] / (height - 1) - 1], dim=-1)  # of numbers, for which a GPU need not wait
+    grid = torch.stack([2 * at[:, 0] / (width - 1) - 1, 2 * at[:, 1] / (height - 1) - 1], dim=-1)  # a GPU need not wait for numbers
     return F.grid_sample(x, grid, mode, padding, align_corners=True)
 
 

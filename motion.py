@@ -62,6 +62,8 @@ def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | Non
     if args.trained_share:
         trained = {row.video for row in Videos(args.data, clip, args.trained_seed, args.trained_share).rows}
         videos.rows = [row for row in videos.rows if row.video not in trained]
+        if not videos.rows:
+            raise BadInput(f"--trained-share {args.trained_share} leaves none of the videos of {args.data}.")
 
     def real(i):
         example = videos[i]
@@ -99,10 +101,11 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
                    "first": str(first.relative_to(run.out))}
 
     segmented_by = checkpoint.fingerprint(*(find(model, part) for part in ("grounding_dino", "sam"))) if args.data else None
-    settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed,
-                "trained": [args.trained_share, args.trained_seed], "flow": flow.name,
+    settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed, "flow": flow.name,
                 "flow's weights": checkpoint.fingerprint(args.raft) if args.raft else None, "Grounded SAM's weights": segmented_by,
                 "camera": args.camera, "small": args.small, "medium": args.medium}
+    if args.trained_share:
+        settings["trained"] = [args.trained_share, args.trained_seed]
     run.stage("classes", [{"id": name, "label": ""} for name in sources], settings, work,
               lambda item: [Path(item["real"])] if "real" in item else [], {})
     kept = run.samples("classes")
@@ -119,6 +122,8 @@ def motion(args: argparse.Namespace) -> None:
     at_least(0, args, "seed", "trained_seed")
     if not 0 <= args.trained_share < 1:
         raise BadInput(f"--trained-share {args.trained_share}: choose a share of the videos from 0 up to, but not, 1.")
+    if args.trained_share and args.data is None:
+        raise BadInput("--trained-share is of --data, and none is given: what the toy is tested on is held out anyway.")
     at_least(1, args, "count", "per_class", "frames", "height", "width", "fps")
     clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
     if clip.frames % 8 != 1 or clip.frames < 9:

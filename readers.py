@@ -121,25 +121,29 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
 
 
 def of_the_toy(dataset) -> bool:
-    """Whether it is the toy's world, or a cache of it."""
-    if isinstance(dataset, OneFrame):
+    """Whether it is the toy's world, a cache of it, or made from it by synthesize.py."""
+    if isinstance(dataset, (OneFrame, Tolerant)):
         return of_the_toy(dataset.dataset)
-    return isinstance(dataset, Toy) or isinstance(dataset, Cache) and dataset.settings.get("data") is None
+    return isinstance(dataset, Toy) or isinstance(dataset, Cache) and dataset.settings.get("data") is None or isinstance(
+        dataset, Triplets) and dataset.of_the_toy()
 
 
 def check_sources(streams: dict[str, Stream]) -> None:
-    """streams: by the flags that name their data. Raises where a forgotten flag would mix one's own data with drawn creatures."""
+    """streams: by the flags that name their data. Raises where one's own would be mixed with drawn creatures, be it that a flag was
+    forgotten."""
     toys = [flag for flag, stream in streams.items() if of_the_toy(stream.dataset)]
     own = [flag for flag in streams if flag not in toys]
     if toys and own:
-        raise BadInput(f"{own[0]} is given and {toys[0]} is not: creatures of the toy's world would be trained on beside your own data. "
-                       f"Give {toys[0]} too.")
+        raise BadInput(f"{own[0]} is data of your own, and {toys[0]} is of the toy's world, as it is where it is not given: they do not go "
+                       f"together.")
 
 
 def what_is_trained_on(streams: dict[str, Stream], encoder: Encoder) -> dict:
-    """For a run's settings: how many examples there are, on which their order depends, and by which networks they are encoded."""
-    live = [stored_settings(encoder, name)["weights"] for name, stream in streams.items() if not isinstance(stream.dataset, Cache)]
-    return {f"examples of {name}": stream.length for name, stream in streams.items()} | {"encoders": live[0] if live else None}
+    """For a run's settings: how many examples there are, on which their order depends, and by which networks they are encoded (a cache
+    has seen to that)."""
+    cached = all(isinstance(stream.dataset, Cache) for stream in streams.values())
+    return {f"examples of {name}": stream.length for name, stream in streams.items()} | {
+        "encoders": None if cached else stored_settings(encoder, "")["weights"]}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -329,6 +333,10 @@ class Triplets:
                 raise BadInput(f'Line {number} of {self.path}: "video", "text", "image", and "noun" where there is one, must be texts.')
         if not self.rows:
             raise BadInput(f"{self.path} is empty.")
+
+    def of_the_toy(self) -> bool:
+        made_by = self.path.parent / "source" / "settings.json"
+        return made_by.exists() and checkpoint.read_json(made_by).get("source", "") is None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -94,17 +94,20 @@ def state_of(candidate: Path) -> dict:
 
 
 def agreed_checkpoint(folder: Path, ranks: Ranks) -> tuple[Path, dict] | None:
-    """last_checkpoint() as the first rank sees it: ranks that went on from different steps would train nonsense."""
-    found = last_checkpoint(folder) if ranks.first else None
+    """last_checkpoint() as the first rank sees it: ranks that went on from different steps would train nonsense. When any rank does not
+    see it whole, every rank raises."""
+    found, problem = last_checkpoint(folder) if ranks.first else None, ""
     step = ranks.from_first(found[1]["step"] if found else -1)
-    if ranks.first or step < 0:
-        return found
-    chosen = folder / f"step-{step:06d}"
-    try:
-        return chosen, state_of(chosen)
-    except BadInput as error:
-        raise BadInput(f"Rank {ranks.rank} cannot go on from where the first one does: {error}. Nodes need an --out on a disk that they "
-                       f"share.") from error
+    if step >= 0 and not ranks.first:
+        chosen = folder / f"step-{step:06d}"
+        try:
+            found = chosen, state_of(chosen)
+        except BadInput as error:
+            problem = str(error)
+    if ranks.any(bool(problem)):
+        raise BadInput(f"Not all ranks can go on from step {step} ({problem or 'another rank says why'}): nodes need an --out on a disk that "
+                       f"they share.")
+    return found
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ import train_sugar
 import train_switch
 from ablations import ABLATIONS, QUICK, SCORES, Ablation, Finding, Variant
 from checkpoint import BadInput
+from data import OneFrame
 from figures import Interval
 from media import save_image
 from pipeline import read_scales, read_schedule
@@ -70,6 +71,8 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     parts = ("transformer", "vae", "text_encoder", "dino", "clip")
     weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in parts))
     settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights}
+    if getattr(options, "synthetic", None) == "image":
+        settings["frames of a video"] = OneFrame.EACH
     if getattr(options, "second_steps", None):  # which the first stage does not depend on
         settings["second_steps"] = options.second_steps
     options.out = args.out / f"{method}-{digest(settings)}-{seed}"
@@ -85,7 +88,7 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
     out, done = options.out, options.out / "done.json"
     two = method == "sugar" and options.strategy != "mix"
     # Trainings that differ in the second stage alone share the first.
-    of_first = {name: value for name, value in settings.items() if name not in ("strategy", "p", "synthetic", "second_steps")}
+    of_first = {name: value for name, value in settings.items() if name not in ("strategy", "p", "synthetic", "frames of a video", "second_steps")}
     first = args.out / f"first-{digest(of_first)}-{seed}"
     with locked(out):
         if done.exists():

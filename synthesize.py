@@ -175,8 +175,9 @@ def prompt(run: Run, args: argparse.Namespace) -> None:
             sample = {**sample, **compose(templates, sample["label"], sample["kind"], (args.seed, 32, number, variant))}
             if rewrite:
                 looks = rewrite(sample["image_text"], "picture", sample["label"])
-                does = f"{looks.rstrip('.')}. The {sample['label']} {sample['motion']}."
-                sample |= {"image_text": looks, "text": rewrite(does, "video", sample["label"])}
+                if looks != sample["image_text"]:
+                    sample |= {"image_text": looks, "text": f"{looks.rstrip('.')}. The {sample['label']} {sample['motion']}."}
+                sample["text"] = rewrite(sample["text"], "video", sample["label"])
             yield sample
 
     digest = hashlib.sha256(json.dumps(templates).encode()).hexdigest()[:16]

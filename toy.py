@@ -287,7 +287,9 @@ STAGES = {"text_encoder": Builder.text_encoder, "clip": Builder.clip, "dino": Bu
 
 def build(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
-    ranks.share(min(vae_batch(stream) for _, _, streams, *_ in VAE_STAGES.values() for stream in streams))  # now, not in the fourth stage
+    for stage in VAE_STAGES.keys() & {*args.stages}:  # now, not when it comes to them
+        if not (args.work / stage / "done").exists():
+            ranks.share(min(map(vae_batch, VAE_STAGES[stage][2])))
     builder = Builder(args.out, args.work, ranks, args.scale)
     for stage in args.stages:
         done = args.work / stage / "done"  # with the scale at which it was

@@ -74,6 +74,11 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     return [Stage("real", 0.0, args.steps), Stage("mixed", args.p, args.second_steps or args.steps, frozen=args.strategy == "tsf")]
 
 
+def kinds_of(stages: list[Stage]) -> list[str]:
+    """The videos that they train on."""
+    return ["real"] * any(stage.p < 1 for stage in stages) + ["synthetic"] * any(stage.p > 0 for stage in stages)
+
+
 def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, null: Tensor,
          args: argparse.Namespace) -> tuple[Tensor, ...]:
     """A training sample: x_0 and eps [T, 16, h, w], t, text or null, DINO and CLIP tokens and whether they are kept."""
@@ -100,7 +105,8 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
     steps = [f"{stage.steps:,}" for stage in stages_of(args)]
     print(f"{len(steps)} stage{'s' * (len(steps) > 1)}, of {' and '.join(steps)} steps; what follows is for the first")
-    print_plan(model, block, folder, tokens, args.batch, args.steps * args.batch, args, world)
+    sources = [{"real": args.real_data, "synthetic": args.data}[kind] for kind in kinds_of(stages_of(args))]
+    print_plan(model, block, folder, tokens, args.batch, args.steps * args.batch, sources, args, world)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -121,9 +127,9 @@ def run(args: argparse.Namespace) -> None:
     check_parallel(args, ranks, config.num_attention_heads)
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
     clip, streams = clip_of(args, config), {}
-    for name, kind, source, count, none in (("real", "subjects", args.real_data, args.real, 1),
-                                            ("synthetic", "triplets", args.data, args.triplets, 0)):
-        if all(stage.p == none for stage in stages):  # not one of them has any of it
+    for name, kind, source, count in (("real", "subjects", args.real_data, args.real),
+                                      ("synthetic", "triplets", args.data, args.triplets)):
+        if name not in kinds_of(stages):
             continue
         dataset, length = open_data(source, kind, count, 1600, clip, args, encoder, args.out / kind)
         if name == "synthetic" and args.synthetic == "image":
@@ -148,7 +154,7 @@ def run(args: argparse.Namespace) -> None:
         # Real videos alone teach no other look than the image's.
         shown = ToyTest(args.seed) if isinstance(held_out, ToyTest) and stage.p == 0 else held_out
         settings = settings_of(args, stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights),
-                               **what_is_trained_on(streams, encoder))
+                               **what_is_trained_on({kind: streams[kind] for kind in kinds_of([stage])}, encoder))
         if (out / "transformer").is_dir():  # it has come to its end before
             if (out / "settings.json").exists():  # else another run has handed it on
                 check_settings(checkpoint.read_json(out / "settings.json"), settings, out)

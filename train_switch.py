@@ -108,12 +108,13 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
         model = prepare(Transformer(config).bfloat16(), adapter)
     block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
     clip = clip_of(args, config)
-    T, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
-    latents = {"image": 2 * h * h, "video": (T + (args.reference_drop < 1)) * h * w}  # with the reference; pairs are squares
+    frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
+    latents = {"image": 2 * h * h, "video": (frames + (args.reference_drop < 1)) * h * w}  # with the reference; pairs are squares
     tokens = config.max_text_seq_length + max(latents[phase] for phase in phases_of(args)) // config.patch_size**2
+    batches, sources = ({phase: getattr(args, f"{phase}_{what}") for phase in phases_of(args)} for what in ("batch", "data"))
     phases = [phase_of(step, args, name) for name, steps in runs_of(args) for step in range(steps)]
-    samples = phases.count("image") * args.image_batch + phases.count("video") * args.video_batch
-    print_plan(model, block, folder, tokens, max(args.image_batch, args.video_batch), samples, args, world)
+    samples = sum(phases.count(phase) * batch for phase, batch in batches.items())
+    print_plan(model, block, folder, tokens, max(batches.values()), samples, list(sources.values()), args, world)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -125,8 +126,8 @@ def run(args: argparse.Namespace) -> None:
         args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
         if args.steps < 1:
             raise BadInput(f"--p {args.p} of the steps are none: video-only trains for p x --steps steps.")
-    for batch in (args.image_batch, args.video_batch):
-        ranks.share(batch)
+    for phase in phases_of(args):
+        ranks.share(args.image_batch if phase == "image" else args.video_batch)
     dtype = DTYPES[args.dtype]
     adapter = Adapter(args.rank, args.alpha, args.dropout, args.norm_lora, args.lora_tokens, "none" if args.no_cls else "token")
 
@@ -175,9 +176,9 @@ def run(args: argparse.Namespace) -> None:
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), **given)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
-    settings = settings_of(args, weights=checkpoint.fingerprint(weights), **what_is_trained_on(streams, encoder))
     for name, steps in runs_of(args):
-        out = args.out / name
+        out, used = args.out / name, {phase: stream for phase, stream in streams.items() if name in ("", phase)}
+        settings = settings_of(args, weights=checkpoint.fingerprint(weights), **what_is_trained_on(used, encoder))
 
         def plan(step: int) -> tuple[str, int]:
             phase = phase_of(step, args, name)

@@ -142,17 +142,17 @@ def kept_for_backward(block: nn.Module, config, lora_tokens: str, tokens: int = 
     return sum(size for size, _ in kept.values()) / tokens
 
 
-def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, batch: int, samples: int, args: argparse.Namespace,
-               world: int) -> None:
+def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, batch: int, samples: int,
+               sources: list[str | None], args: argparse.Namespace, world: int) -> None:
     """--plan: what a run would take.
 
     model: on the meta device, with what is frozen frozen; block: one of its blocks for real, on the CPU in bfloat16;
-    folder: of the base; tokens: of the longest sample; batch: the largest global one; samples: in the whole run.
+    folder: of the base; tokens: of the longest sample; batch: the largest global one; samples: in the whole run; sources: the
+    data, None is the toy's world.
     """
     names = {"vae": checkpoint.WEIGHTS, "text_encoder": "model", **({"dino": "model", "clip": "model"} if model.config.sugar else {})}
     there = [(checkpoint.part(folder, name), stem) for name, stem in names.items()]
     encoders = sum(entry.nbytes for part, stem in there if part for entry in checkpoint.index(part, stem).values())
-    sources = [getattr(args, name) for name in ("image_data", "video_data", "real_data", "data") if hasattr(args, name)]
     if not args.validate_count and all(source and (Path(source) / "index.json").exists() for source in sources):
         encoders = 0  # caches need none
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -346,8 +346,8 @@ def drop_earlier(ranks: Ranks, *parts: Path) -> None:
 
 
 def check_settings(old: dict, new: dict, out: Path) -> None:
-    """Raises where a run would be resumed with other settings than it was begun with."""
-    for name in sorted(old.keys() | new.keys()):
+    """Raises where a run would be resumed with other settings than it was begun with; of what it has not noted, nothing is known."""
+    for name in sorted(old):
         if old.get(name) != new.get(name) and name == "weights":
             raise BadInput(f"{out} holds a run that began with other weights than those that --model, or the stage before, has now: choose "
                            f"another --out, or --restart to begin anew.")

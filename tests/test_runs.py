@@ -161,14 +161,16 @@ def test_ranks_that_share_each_sample_train_as_one_does(script, arguments, base,
 
 def test_a_rank_that_does_not_see_the_checkpoint_does_not_begin_anew(tmp_path):
     """As on a node whose disk is its own."""
-    first, second = (SimpleNamespace(first=rank == 0, rank=rank, from_first=lambda step: 2) for rank in (0, 1))
-    assert resume.agreed_checkpoint(tmp_path, first) is None
+    first, second = (SimpleNamespace(first=rank == 0, from_first=lambda step: 2, any=lambda flag: flag) for rank in (0, 1))
     save_checkpoint(tmp_path / "shared", {"model.x": torch.arange(6.0)}, {"step": 2, "positions": {}, "skipped": 0, "seconds": 0, "settings": {}},
                     distributed.start("cpu"), keep=2)
     found = resume.agreed_checkpoint(tmp_path / "shared", first)
     assert resume.agreed_checkpoint(tmp_path / "shared", second) == found and found[1]["step"] == 2
-    with pytest.raises(BadInput, match="Rank 1 cannot go on from where the first one does.*a disk that they share"):
+    with pytest.raises(BadInput, match="Not all ranks can go on from step 2.*step-000002 is not whole.*a disk that they share"):
         resume.agreed_checkpoint(tmp_path, second)
+    first.any = lambda flag: True  # as the second one says
+    with pytest.raises(BadInput, match="another rank says why"):
+        resume.agreed_checkpoint(tmp_path / "shared", first)
 
 
 def test_both_stages_of_sugar_on_two_ranks(base, tmp_path):

@@ -417,8 +417,8 @@ def test_one_frame_stands_for_a_video_in_turn(seed):
     assert all(one.video.shape[0] == 1 and one.text == whole.text for one in seen)
     of = [[i for i, frame in enumerate(whole.video) if np.array_equal(one.video[0], frame)] for one in seen]
     assert all(of) and frames[2 * OneFrame.EACH - 1].text == Toy("triplets")[1].text
-    drawn = np.random.default_rng((seed, 5, 2)).permutation(len(whole.video))[: OneFrame.EACH]
-    assert len(set(drawn)) == OneFrame.EACH and all(frame in same for frame, same in zip(drawn, of))  # frames may look alike
+    differ = len({frame.tobytes() for frame in whole.video})
+    assert len({one.video.tobytes() for one in seen}) >= OneFrame.EACH - (len(whole.video) - differ)  # frames may look alike
 
 
 def test_the_posterior_is_sampled_with_its_deviation(seed):
