@@ -101,12 +101,17 @@ def open_shard(file: Path) -> tuple[safe_open, dict[str, list[str]]]:
 def stored_settings(encoder: Encoder, stream: str) -> dict:
     """What a reader of the cache must agree on: how its examples were encoded, and by whom. Only videos have frames to choose
     from."""
+    frames = {"reference_frames": encoder.reference_frames} if stream == "videos" and not encoder.sugar else {}
+    return {"stream": stream, "cls": encoder.cls, "text_length": encoder.text_length, "sugar": encoder.sugar,
+            "weights": encoder_weights(encoder), **frames}
+
+
+def encoder_weights(encoder: Encoder) -> str | None:
+    """Tells the encoder's networks apart; None where they are not there, as training from a cache needs none."""
     parts = ["vae", "text_encoder", *(("dino", "clip") if encoder.sugar else ())]
     folders = [checkpoint.part(encoder.model, part) for part in parts]
     there = all(folder is not None and any(folder.glob("*.safetensors")) for folder in folders[:2])
-    frames = {"reference_frames": encoder.reference_frames} if stream == "videos" and not encoder.sugar else {}
-    return {"stream": stream, "cls": encoder.cls, "text_length": encoder.text_length, "sugar": encoder.sugar,
-            "weights": checkpoint.fingerprint(*folders) if there else None, **frames}
+    return checkpoint.fingerprint(*folders) if there else None
 
 
 def digest_of(data: Path, out: Path) -> str:

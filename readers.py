@@ -26,7 +26,7 @@ from PIL import Image
 
 import checkpoint
 import media
-from cache import Cache, stored_settings
+from cache import Cache, encoder_weights
 from checkpoint import BadInput, replace_when_whole
 from data import Broken, Encoder, Example, OneFrame, Stream, Tolerant, Toy, Unfit
 from distributed import place
@@ -122,10 +122,14 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
 
 def of_the_toy(dataset) -> bool:
     """Whether it is the toy's world, a cache of it, or made from it by synthesize.py."""
-    if isinstance(dataset, (OneFrame, Tolerant)):
-        return of_the_toy(dataset.dataset)
-    return isinstance(dataset, Toy) or isinstance(dataset, Cache) and dataset.settings.get("data") is None or isinstance(
-        dataset, Triplets) and dataset.of_the_toy()
+    match dataset:
+        case OneFrame() | Tolerant():
+            return of_the_toy(dataset.dataset)
+        case Cache():
+            return dataset.settings.get("data") is None
+        case Triplets():
+            return dataset.of_the_toy()
+    return isinstance(dataset, Toy)
 
 
 def check_sources(streams: dict[str, Stream]) -> None:
@@ -143,7 +147,7 @@ def what_is_trained_on(streams: dict[str, Stream], encoder: Encoder) -> dict:
     has seen to that)."""
     cached = all(isinstance(stream.dataset, Cache) for stream in streams.values())
     return {f"examples of {name}": stream.length for name, stream in streams.items()} | {
-        "encoders": None if cached else stored_settings(encoder, "")["weights"]}
+        "encoders": None if cached else encoder_weights(encoder)}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

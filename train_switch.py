@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         if args.steps < 1:
             raise BadInput(f"--p {args.p} of the steps are none: video-only trains for p x --steps steps.")
     for phase in phases_of(args):
-        ranks.share(args.image_batch if phase == "image" else args.video_batch)
+        ranks.share(getattr(args, f"{phase}_batch"))
     dtype = DTYPES[args.dtype]
     adapter = Adapter(args.rank, args.alpha, args.dropout, args.norm_lora, args.lora_tokens, "none" if args.no_cls else "token")
 
@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> None:
 
         def plan(step: int) -> tuple[str, int]:
             phase = phase_of(step, args, name)
-            return phase, args.image_batch if phase == "image" else args.video_batch
+            return phase, getattr(args, f"{phase}_batch")
 
         validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count,
                                 with_reference=args.strategy != "video-only")

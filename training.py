@@ -158,12 +158,12 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     copies = 1 if not args.ema else 2
-    size = DTYPES[args.dtype].itemsize
-    one, inputs = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")) * size / 2, size * config.dim
+    width = DTYPES[args.dtype].itemsize
+    one, inputs = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")) * width / 2, width * config.dim
     each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
     kept = each * config.num_layers + (one if args.recompute else 0)
     lies = world == 1 and args.dtype == "bf16"  # and what is frozen is used as it lies
-    gathered = lambda part: size * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
+    gathered = lambda part: width * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
     whole, largest = gathered(model), gathered(block)
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
     accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
