@@ -202,6 +202,8 @@ def run(args: argparse.Namespace) -> None:
     started, new = time.perf_counter(), sum(missing(args.out, length).values())
     about = {"data": args.data, "data's digest": args.data and digest_of(Path(args.data), args.out), "clip": asdict(clip) if args.data else {},
              "share": args.share}
+    if args.data is not None and readers.of_the_toy(dataset):
+        about["toy"] = True  # made from the toy's world by synthesize.py
     written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})
     if ranks.first:
         seconds = time.perf_counter() - started

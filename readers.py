@@ -121,12 +121,12 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
 
 
 def of_the_toy(dataset) -> bool:
-    """Whether it is the toy's world, a cache of it, or made from it by synthesize.py."""
+    """Whether it is the toy's world or made from it by synthesize.py, or a cache of either."""
     match dataset:
         case OneFrame() | Tolerant():
             return of_the_toy(dataset.dataset)
         case Cache():
-            return dataset.settings.get("data") is None
+            return dataset.settings.get("data") is None or dataset.settings.get("toy", False)
         case Triplets():
             return dataset.of_the_toy()
     return isinstance(dataset, Toy)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import cache
 import distributed
 import figures
 import media
@@ -82,8 +83,11 @@ def test_the_whole_chain_ends_in_triplets_that_train(whole, base, tmp_path):
            "--batch", "2", "--p", "1", "--strategy", "mix", "--validate-count", "0"]
     assert train_sugar.main(run) == 0
     assert [json.loads(line)["stream"] for line in (tmp_path / "run" / "mix" / "metrics.jsonl").read_text().splitlines()] == ["synthetic"] * 2
-    assert train_sugar.main([*run, "--p", "0.5", "--out", str(tmp_path / "both")]) == 0, \
-        "triplets of the toy's world go with its real videos"
+    cached = tmp_path / "cache"
+    assert cache.main(["cache", "--as", "triplets", "--data", str(out), "--out", str(cached), "--model", str(base), "--device", "cpu"]) == 0
+    for source in (out, cached):
+        assert train_sugar.main([*run, "--p", "0.5", "--data", str(source), "--out", str(tmp_path / f"both of {source.name}")]) == 0, \
+            "triplets of the toy's world go with its real videos"
 
 
 def test_killed_at_any_moment_and_run_again_is_the_undisturbed_run(whole, base, tmp_path, seed):
