@@ -26,12 +26,22 @@ DESIGNS = {
 Block = tuple[slice, list[slice]]
 
 
+def groups_seen(design: str) -> list[list[str]]:
+    """For each of GROUPS, whom its queries may attend to."""
+    seen = [groups.split() for groups in DESIGNS[design]]
+    unknown = {group for groups in seen for group in groups} - {*GROUPS}
+    if unknown or len(seen) != len(GROUPS):
+        raise ValueError(f"Design {design!r} of DESIGNS has {len(seen)} cells and names {sorted(unknown)}: it needs one cell for each of "
+                         f"{', '.join(GROUPS)}, of these names alone.")
+    return seen
+
+
 def selective_mask(design: str, lengths: tuple[int, int, int, int]) -> Tensor:
     """The boolean mask of a design: [L, L], True where the row's token may attend to the column's.
 
     lengths: tokens in each of GROUPS. This mask is the definition; attention() computes the same without it.
     """
-    table = torch.tensor([[key in seen.split() for key in GROUPS] for seen in DESIGNS[design]])  # [4, 4]
+    table = torch.tensor([[key in seen for key in GROUPS] for seen in groups_seen(design)])  # [4, 4]
     group = torch.repeat_interleave(torch.arange(len(GROUPS)), torch.tensor(lengths))  # [L], each token's group
     return table[group][:, group]
 
@@ -43,11 +53,11 @@ def selective_blocks(design: str, lengths: tuple[int, int, int, int]) -> list[Bl
     ends = torch.tensor(lengths).cumsum(0).tolist()
     span = {group: (end - n, end) for group, end, n in zip(GROUPS, ends, lengths)}
     blocks: list[tuple[list, list]] = []
-    for group, seen in zip(GROUPS, DESIGNS[design]):
+    for group, seen in zip(GROUPS, groups_seen(design)):
         if span[group][0] == span[group][1]:
             continue
         keys: list[tuple[int, int]] = []
-        for low, high in (span[key] for key in GROUPS if key in seen.split()):
+        for low, high in (span[key] for key in GROUPS if key in seen):
             if keys and keys[-1][1] == low:
                 keys[-1] = (keys[-1][0], high)
             elif low < high:
@@ -65,6 +75,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None
     q, k, v: [B, heads, L, d]; returns [B, heads, L, d]. The queries in `blocks` cover 0..L in order. keep: [B, L] bool,
     without blocks only: which keys there are, sample by sample.
     """
+    assert blocks is None or keep is None, "blocks leave no key out sample by sample"
     if blocks is None:
         return dense(q, k, v, None if keep is None else keep[:, None, None])
     out = []

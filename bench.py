@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -143,7 +144,8 @@ def peak(row: str, side: str, args: argparse.Namespace) -> int | None:
 
 
 def child(row: str, side: str, args: argparse.Namespace) -> dict:
-    import diffusers, peft  # noqa: E401, F401 (both sides start from the same imports)
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel  # noqa: F401 (both sides
+    from peft import LoraConfig  # noqa: F401                                                          start from the same imports)
 
     sides, before = ROWS[row](args), host_bytes()
     try:
@@ -162,8 +164,8 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
 
 
 def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str, list[float]], list[str]]:
-    """What each side of a row computes, the times of sides and floors, turn by turn, and which sides failed. Every other turn begins with
-    the last side. A side that fails or runs out of memory is left out from there on, and None, with what is counted by it."""
+    """What each side of a row computes, the times of sides and floors, turn by turn, and which sides failed. Every turn has an order of
+    its own, so that none always comes after the same other. A side that fails or runs out of memory is left out from there on, and None, with what is counted by it."""
     runs, counts, times, failed = {}, {}, {}, []
 
     def leave_out(lost: str, error: Exception | None = None) -> None:
@@ -187,7 +189,7 @@ def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | Non
         except Exception as error:  # the others go on
             leave_out(side, error)
     for turn in tqdm(range(args.runs + 1), f"{row}: {len(counts)} sides", leave=False):
-        for side in list(runs)[:: 1 if turn % 2 else -1]:
+        for side in random.Random(turn).sample(list(runs), len(runs)):
             try:
                 for name, run in runs.get(side, {}).items():
                     times.setdefault(name, []).append(seconds(run, args))
@@ -283,6 +285,13 @@ def rows(args: argparse.Namespace, what: list[str]) -> bool:
     return whole
 
 
+def flags_of(args: argparse.Namespace) -> list[str]:
+    """The flags that say the same, for a process that measures one side."""
+    said = {name: value for name, value in vars(args).items() if name not in ("what", "child", "folder") and value not in (None, False)}
+    values = lambda value: [] if value is True else [str(each) for each in (value if isinstance(value, list) else [value])]
+    return [word for name, value in said.items() for word in (f"--{name}", *values(value))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="row", choices=["all", *ROWS, "load", "data"], default="all",
@@ -309,7 +318,7 @@ def main() -> None:
     args.what = [*ROWS, "load"] if args.what in ("all", ["all"]) else args.what
     if len(args.what) > 1 and {"all", "data"} & {*args.what}:
         parser.error("all and data stand alone.")
-    args.flags = sys.argv[next((i for i, flag in enumerate(sys.argv) if flag.startswith("-")), len(sys.argv)) :]
+    args.flags = flags_of(args)
     args.dtype, args.cuda, row = DTYPES[args.dtype], args.device.startswith("cuda"), args.what[0]
     args.recompute = args.recompute or ("all" if args.cuda else "none")
     if args.child:

@@ -293,23 +293,26 @@ def split_video(model: nn.Module, ranks: Ranks, branches: int) -> None:
 
 
 def split_batch(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Each rank of the mesh passes its share of the batch; a batch that cannot be shared out is passed by all."""
-    group, rank, world, shared = mesh.get_group(), mesh.get_local_rank(), mesh.size(), []
+    """Each rank of the mesh passes its share of the batch; where there is too little for all, the last ones repeat the last."""
+    group, rank, world, sizes = mesh.get_group(), mesh.get_local_rank(), mesh.size(), []
 
     def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        share, rest = divmod(args[0].shape[0], world)
-        shared.append(rest == 0)
-        if rest:
-            return args, kwargs
-        mine = lambda x: x[rank * share : (rank + 1) * share] if isinstance(x, Tensor) else x
+        n = args[0].shape[0]
+        share = -(-n // world)
+        sizes.append(n)
+
+        def mine(x):
+            if not isinstance(x, Tensor):
+                return x
+            part = x[min(rank * share, n - 1) :][:share]
+            return torch.cat([part, *[part[-1:]] * (share - len(part))]) if len(part) < share else part
+
         return tuple(map(mine, args)), {name: mine(value) for name, value in kwargs.items()}
 
     def gather(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        if not shared.pop():
-            return out
         parts = [torch.empty_like(out) for _ in range(world)]
         dist.all_gather(parts, out.contiguous(), group=group)
-        return torch.cat(parts)
+        return torch.cat(parts)[: sizes.pop()]
 
     model.register_forward_pre_hook(take, with_kwargs=True)
     model.register_forward_hook(gather)
@@ -331,12 +334,9 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
     def enter(block: nn.Module, args: tuple) -> tuple:
         x, lengths, emb, turn, blocks, keep, lora = args
         if block is first:
-            shares, offset, order = [-(-length // world) for length in lengths], 0, []
-            for length, share in zip(lengths, shares):  # where in the gathered sequence, rank after rank, each token lies
-                token = torch.arange(length, device=x.device)
-                order.append(token // max(share, 1) * sum(shares) + offset + token % max(share, 1))
-                offset += share
-            now.update(order=torch.cat(order), video=lengths[2], shares=tuple(shares), turn=None, lora=None)
+            shares = [-(-length // world) for length in lengths]
+            held = [[min(max(length - r * share, 0), share) for r in range(world)] for length, share in zip(lengths, shares)]
+            now.update(shares=tuple(shares), held=held, video=lengths[2], turn=None, lora=None)
             if turn is not None:
                 now["turn"] = torch.cat([part(y, y.dim() - 2) for y in turn.split(lengths[1:], dim=-2)], dim=-2)
             if lora is not None:
@@ -346,12 +346,17 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, blocks, keep: Tensor | None) -> Tensor:
         """q, k, v [B, heads, L / world, d], of this rank's tokens."""
-        B, heads, length, d = q.shape
-        sent = torch.stack([q, k, v]).unflatten(2, (world, -1)).movedim(2, 0)  # [world, 3, B, heads / world, length, d]
-        whole = Trade.apply(sent, group).movedim(0, 3).flatten(3, 4)  # [3, B, heads / world, world * length, d]
-        seen = attention(*whole.index_select(3, now["order"]), blocks, keep)
-        padded = seen.new_zeros(B, heads // world, world * length, d).index_copy_(2, now["order"], seen)
-        return Trade.apply(padded.unflatten(2, (world, length)).movedim(2, 0), group).movedim(0, 1).flatten(1, 2)
+        sent = torch.stack([x.unflatten(1, (world, -1)).movedim(1, 0) for x in (q, k, v)], dim=1)  # [world, 3, B, heads / world, L / world, d]
+        came = [x.split(now["shares"], dim=3) for x in Trade.apply(sent, group)]  # from each rank, of each stream
+        whole = torch.cat([came[r][i].narrow(3, 0, n) for i, held in enumerate(now["held"]) for r, n in enumerate(held)], dim=3)
+        seen = attention(*whole, blocks, keep)  # [B, heads / world, L, d]
+        parts = iter(seen.split([n for held in now["held"] for n in held], dim=2))
+        back: list[list[Tensor]] = [[] for _ in range(world)]  # to each rank, of each stream, with zeros where it has padding
+        for share, held in zip(now["shares"], now["held"]):
+            for r, n in enumerate(held):
+                part = next(parts)
+                back[r] += [part, part.new_zeros(*part.shape[:2], share - n, part.shape[3])]
+        return Trade.apply(torch.stack([torch.cat(of_rank, dim=2) for of_rank in back]), group).movedim(0, 1).flatten(1, 2)
 
     def gather(block: nn.Module, args: tuple, out: Tensor) -> Tensor:
         return Gather.apply(out[:, -now["shares"][2] :], group)[:, : now["video"]]  # of the others nothing is asked any more

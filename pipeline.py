@@ -265,9 +265,10 @@ class Sampler:
         mean, std = vae.encode(pixels)
         return vae.config.scale(mean + std * noise.to(mean), image=self.kind == "i2v")[:, :, 0]
 
-    def with_vae(self, vae: VAE, use: Callable[[VAE], Tensor], beside: torch.nn.Module | None) -> Tensor:
+    def with_vae(self, vae: VAE, use: Callable[[VAE], Tensor], beside: torch.nn.Module | None, alike: bool = False) -> Tensor:
         """What `use` makes with the VAE on the device. beside: a network that may have stayed there, and leaves it where both are too
-        much. Where the VAE alone is too much, it goes on in tiles, and so for all that follows."""
+        much. Where the VAE alone is too much, it goes on in tiles, and so for all that follows. alike: ranks that share a video must all
+        do the same."""
         if beside is not None and not self.crowded:
             try:
                 with self.on_device(vae):
@@ -279,7 +280,7 @@ class Sampler:
             try:
                 return use(vae)
             except torch.OutOfMemoryError:
-                if vae.tiled or self.split is not None:  # ranks that share a video must all encode alike
+                if vae.tiled or (alike and self.split is not None):
                     raise
             print("warning: the memory is too small for whole frames; the VAE goes on in tiles, as with --tile", file=sys.stderr)
             vae.tiled = self.tiled = True
@@ -323,7 +324,8 @@ class Sampler:
                 given.dino, given.clip = map(to, identity[id(request)])
             if request.reference is not None and self.kind in ("switch", "i2v"):
                 sample = draw(1, channels, 1, h, w)
-                latents = self.with_vae(vae, lambda vae: self.encode_image(vae, request.reference, sample), transformer)
+                latents = self.with_vae(vae, lambda vae: self.encode_image(vae, request.reference, sample), transformer,
+                                        alike=True)
                 given = replace(given, **{"reference" if self.kind == "switch" else "first": latents})
             title = f"{number}/{len(requests)} {request.out.name}"
             progress = lambda steps: tqdm(steps, desc=title, unit="step", position=rank, dynamic_ncols=True,

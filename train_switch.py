@@ -96,7 +96,7 @@ def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, args: a
 
 
 def prepare(model: Transformer, adapter: Adapter) -> Transformer:
-    """The base frozen, in the type it is stored in, and a LoRA injected in float32: only the LoRA learns."""
+    """The base frozen, in the type that it was loaded in, and a LoRA injected in float32: only the LoRA learns."""
     model.requires_grad_(False)
     inject(model, adapter.rank, adapter.alpha, adapter.dropout, dtype=torch.float32)
     model.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
@@ -158,7 +158,8 @@ def run(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")
-    model = prepare(load_transformer(weights, ranks.device, checkpoint.stored_dtype(weights)), adapter)
+    frozen = min(checkpoint.stored_dtype(weights), dtype, key=lambda each: each.itemsize)  # more than is computed with is of no use
+    model = prepare(load_transformer(weights, ranks.device, frozen), adapter)
     distributed.shard(model, list(model.transformer_blocks), ranks, dtype, args.recompute, args.compile)
     schedule = read_schedule(folder)
     alpha_bar = alpha_bar_schedule(schedule).to(ranks.device)
@@ -167,12 +168,13 @@ def run(args: argparse.Namespace) -> None:
         """L_img or L_vid (Switch eq. 4): v-prediction of X_out given X_in and C_T."""
         samples = zip(*(draw(streams[phase][position], generator(args.seed, phase, position), encoder.vae_config, args)
                         for position in positions))
-        x_0, eps, t, text, reference, keep = (torch.stack(part).to(ranks.device) for part in samples)
+        *tensors, keep = (torch.stack(part) for part in samples)
+        x_0, eps, t, text, reference = (tensor.to(ranks.device) for tensor in tensors)
         given = {"reference": reference.to(dtype)}
         if phase == "video" and args.reference_drop == 1:
             given = {}  # none of them has any, on any rank
         elif phase == "video" and not keep.all():  # attention without a mask is faster
-            given["keep_reference"] = keep
+            given["keep_reference"] = keep.to(ranks.device)
         predict = lambda x_t, t: model(x_t.to(dtype), t, text.to(dtype), **given)
         return training_loss(predict, x_0, eps, t, alpha_bar)
 

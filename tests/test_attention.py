@@ -51,6 +51,14 @@ def test_blocks_compute_what_the_mask_does_for_any_table(table, lengths, seed):
     assert not ours[:, :, ~sees].any()
 
 
+@pytest.mark.parametrize("table", [("imag text",) * 4, ("image text",) * 3])
+def test_a_table_with_a_slip_of_the_pen_is_refused(table, monkeypatch):
+    monkeypatch.setitem(DESIGNS, "mine", table)
+    for use in (selective_mask, selective_blocks):
+        with pytest.raises(ValueError, match="one cell for each of image, text, first, other"):
+            use("mine", (1, 1, 1, 1))
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 def test_blocks_at_a_real_length(design):
     lengths = (514, 226, 1350, 1350)  # DINO and CLIP, T5, and two latent frames of 60x90

@@ -167,12 +167,19 @@ def test_the_transformer_stays_from_video_to_video_where_there_is_room(room, tok
         assert log == [*steps, "decode", "leave", "decode", *steps, "leave", "decode", *last]
 
 
+@pytest.mark.parametrize("together", [False, True])
 @torch.no_grad()
-def test_what_is_too_large_to_be_decoded_whole_is_decoded_in_tiles(tokenizer, tmp_path, monkeypatch, capsys):
+def test_what_is_too_large_to_be_decoded_whole_is_decoded_in_tiles(together, tokenizer, tmp_path, monkeypatch, capsys):
+    """Also by the first one of ranks that share a video: decoding is its work alone."""
     save_checkpoint(tmp_path / "model", "5b", "ddim", tokenizer)
     settings = Settings(frames=1, height=48, width=64, fps=8, scheduler="ddim", steps=1)
     requests = [Request("a fox", "", seed, tmp_path / f"{seed}.mp4") for seed in range(2)]
-    sampled = lambda settings: [video for _, video in Sampler(str(tmp_path / "model")).videos(requests, settings, quiet=True)]
+
+    def sampled(settings):
+        sampler = Sampler(str(tmp_path / "model"))
+        sampler.split = (lambda transformer: None) if together else None
+        return [video for _, video in sampler.videos(requests, settings, quiet=True)]
+
     tiled, decode = sampled(replace(settings, tile=True)), VAE.decode
 
     def decodes(self, z):

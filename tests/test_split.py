@@ -26,9 +26,9 @@ def torchrun(ranks: int, script: Path, *arguments) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("ranks,branches", [(2, 1), (2, 2), (4, 2), (4, 3)])
+@pytest.mark.parametrize("ranks,branches", [(2, 1), (3, 3), (4, 2), (4, 3)])
 def test_ranks_share_a_forward_pass(ranks, branches, tmp_path, seed):
-    """2 x 1: the sequence; 2 x 2: the branches; 4 x 2: both; 4 x 3 have no divisor in common: the sequence. Lengths of 7, 15, 45
+    """2 x 1: the sequence; 3 x 3: the branches, some of which are a batch of 2; 4 x 2: both; 4 x 3 have no divisor in common: the sequence. Lengths of 7, 15, 45
     and 16 tokens do not divide evenly."""
     torchrun(ranks, Path(__file__).with_name("split_worker.py"), tmp_path / "results.pt", seed, branches)
     results = torch.load(tmp_path / "results.pt", weights_only=True)

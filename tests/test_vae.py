@@ -93,6 +93,8 @@ def test_memory_at_the_official_size():
         video, z = torch.empty(1, 3, 49, 480, 720).bfloat16(), torch.empty(1, 16, 13, 60, 90).bfloat16()
     assert live(lambda: ours.encode(video))[0] < 4.9e9
     assert live(lambda: ours.decode(z))[0] < 4.95e9
+    ours.tiled = True
+    assert live(lambda: ours.decode(z))[0] < 1.4e9
 
 
 @torch.no_grad()
