@@ -164,8 +164,9 @@ def child(row: str, side: str, args: argparse.Namespace) -> dict:
 
 
 def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | None], dict[str, list[float]], list[str]]:
-    """What each side of a row computes, the times of sides and floors, turn by turn, and which sides failed. Every turn has an order of
-    its own, so that none always comes after the same other. A side that fails or runs out of memory is left out from there on, and None, with what is counted by it."""
+    """What each side of a row computes, the times of sides and floors, turn by turn, and which sides failed. Every other turn draws an
+    order, which the next one reverses: none always comes first, or after the same other. A side that fails or runs out of memory is left
+    out from there on, and None, with what is counted by it."""
     runs, counts, times, failed = {}, {}, {}, []
 
     def leave_out(lost: str, error: Exception | None = None) -> None:
@@ -188,8 +189,10 @@ def take_turns(row: str, args: argparse.Namespace) -> tuple[dict[str, dict | Non
                 leave_out(side)
         except Exception as error:  # the others go on
             leave_out(side, error)
+    draw, order = random.Random(0), []
     for turn in tqdm(range(args.runs + 1), f"{row}: {len(counts)} sides", leave=False):
-        for side in random.Random(turn).sample(list(runs), len(runs)):
+        order = order[::-1] if turn % 2 else draw.sample(list(counts), len(counts))
+        for side in order:
             try:
                 for name, run in runs.get(side, {}).items():
                     times.setdefault(name, []).append(seconds(run, args))
@@ -287,7 +290,7 @@ def rows(args: argparse.Namespace, what: list[str]) -> bool:
 
 def flags_of(args: argparse.Namespace) -> list[str]:
     """The flags that say the same, for a process that measures one side."""
-    said = {name: value for name, value in vars(args).items() if name not in ("what", "child", "folder") and value not in (None, False)}
+    said = {name: value for name, value in vars(args).items() if name not in ("what", "child", "folder") and value is not None and value is not False}
     values = lambda value: [] if value is True else [str(each) for each in (value if isinstance(value, list) else [value])]
     return [word for name, value in said.items() for word in (f"--{name}", *values(value))]
 
