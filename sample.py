@@ -23,6 +23,7 @@ import checkpoint
 import distributed
 import media
 from checkpoint import BadInput, exit_status
+from diffusion import T
 from encoders import GroundedSAM
 from pipeline import DTYPES, Request, Sampler, Settings
 
@@ -91,15 +92,27 @@ def read_settings(args: argparse.Namespace, sampler: Sampler) -> Settings:
     for name in ("guidance", "omega_image", "omega_text"):
         if not math.isfinite(getattr(settings, name)):
             raise BadInput(f"--{name.replace('_', '-')} {getattr(settings, name)}: choose a number.")
-    if args.negative_prompt and not sugar and settings.guidance == 1:
-        raise BadInput("--negative-prompt has no effect at a guidance of 1: give a --guidance above 1.")
-    if not 1 <= settings.steps <= 1000:
-        raise BadInput(f"--steps {settings.steps}: choose 1 to 1000.")
-    if not 0 <= settings.t_bar <= 1000:
-        raise BadInput(f"--t-bar {settings.t_bar}: choose 0 to 1000.")
+    if not 1 <= settings.steps <= T:
+        raise BadInput(f"--steps {settings.steps}: choose 1 to {T}.")
+    if not 0 <= settings.t_bar <= T:
+        raise BadInput(f"--t-bar {settings.t_bar}: choose 0 to {T}.")
     if not 0 < settings.fps <= 240:
         raise BadInput(f"--fps {settings.fps:g}: choose more than 0 and at most 240.")
     return settings
+
+
+def check_effects(args: argparse.Namespace, sampler: Sampler, settings: Settings, requests: list[Request]) -> None:
+    """Raises where something is asked for that would change nothing."""
+    sugar, pictured = sampler.kind == "sugar", any(request.image is not None for request in requests)
+    for name in ("fit", *(SUGAR_FLAGS if sugar else ())):
+        if getattr(args, name) is not None and not pictured and name != "omega_text":
+            raise BadInput(f"--{name.replace('_', '-')} has no effect without an image: give --image as well.")
+    if args.drop is not None and settings.t_bar == T:
+        raise BadInput(f"--drop {args.drop} has no effect without --t-bar: the timestep, below {T}, from which on it is dropped.")
+    for request in requests:
+        scale, flag = (settings.omega_text, "--omega-text") if sugar else (settings.guidance, "--guidance")
+        if request.negative_prompt and scale == 1 and not (sugar and request.image is not None):
+            raise BadInput(f"--negative-prompt {request.negative_prompt!r} has no effect at {flag} 1: choose another scale.")
 
 
 def slug(text: str) -> str:
@@ -238,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, list[Request], int]:
     """Everything that can be wrong, found. Returns what this process, one of several under torchrun, has to do."""
     (rank, world), device = distributed.place(), str(distributed.find_device(args.device))
-    requests = read_requests(args)
+    requests = everything = read_requests(args)
     for request in requests:
         media.check_writable(request.out)
     if args.prompts is not None:
@@ -255,6 +268,7 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     sampler = Sampler(args.model, args.adapter, device, args.dtype)
     sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
     settings = read_settings(args, sampler)
+    check_effects(args, sampler, settings, everything)  # of which other ranks have their part, or are there already
     together, branches = world > 1 and args.prompts is None, sampler.branches(settings, with_image=requests[0].image is not None)
     if together:  # before heavy work
         groups, within = distributed.video_groups(world, branches, sampler.config.num_attention_heads)

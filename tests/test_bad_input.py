@@ -181,6 +181,11 @@ BAD = {
     "fps not a number": (None, f"{T2V} --fps nan", ["--fps nan"]),
     "seed beyond 64 bits": (None, f"{T2V} --seed {2**70}", ["--seed", str(2**70)]),
     "negative prompt without guidance": (None, f"{T2V} --negative-prompt blurry", ["--negative-prompt", "--guidance"]),
+    "negative prompt of a line without guidance": (
+        lambda: listing({"prompt": "a fox", "negative_prompt": "blurry"}), MANY, ["'blurry'", "--guidance 1"]),
+    "fit without an image": (None, f"{T2V} --fit pad", ["--fit", "--image"]),
+    "guidance on an image that is not given": (None, "--prompt a --model toy/sugar --omega-image 3", ["--omega-image", "--image"]),
+    "dropping at no time": (None, f"{SUGAR} --drop clip", ["--drop clip", "--t-bar"]),
     "guidance for SUGAR": (None, f"{SUGAR} --guidance 3", ["--guidance", "--omega-text"]),
     "omega for a plain model": (None, f"{T2V} --omega-image 3", ["--omega-image", "SUGAR"]),
     "t-bar beyond T": (None, f"{SUGAR} --t-bar 1001", ["--t-bar 1001"]),

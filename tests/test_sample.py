@@ -264,6 +264,15 @@ def test_a_list_of_prompts_gives_the_videos_that_single_runs_give(here):
     assert digest(here / "one.mp4") == digest(here / "many/one.mp4")
 
 
+def test_a_flag_for_some_of_a_list_is_no_mistake_of_the_others(here):
+    """Be they those that are left of a run that was stopped."""
+    listing({"prompt": "a fox", "image": "fox-alpha.png", "name": "a"}, {"prompt": "a dog", "name": "b"})
+    arguments = f"--prompts list.jsonl {SMALL} --out many --model toy/sugar --omega-image 3"
+    assert run(arguments) == 0
+    (here / "many/b.mp4").unlink()
+    assert run(arguments) == 0 and (here / "many/b.mp4").exists()
+
+
 def test_what_is_there_is_skipped_and_what_is_lost_is_made_again(here, monkeypatch):
     listing({"prompt": "a fox", "name": "a"}, {"prompt": "a dog", "name": "b"}, {"prompt": "a cat", "name": "c"})
     arguments = f"--prompts list.jsonl {SMALL} --out many"
