@@ -85,7 +85,7 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
             height: int = 420) -> Image.Image:
     """A line of points for each name, with intervals in both directions, as the papers' trade-off figures."""
     image = Image.new("RGB", (width, height), "white")
-    draw, left, right, top, bottom = ImageDraw.Draw(image), 70, width - 20, 40, height - 60
+    draw, left, right, top, bottom = ImageDraw.Draw(image), 70, width - 20, 60, height - 60
     finite = lambda values: [value for value in values if np.isfinite(value)] or [0.0]
     whole = lambda interval: [value if np.isfinite(value) else interval[0] for value in interval]  # of one seed there is none
     points = {name: [(whole(one), whole(two)) for one, two in line] for name, line in points.items()}
@@ -93,13 +93,13 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
     ranges = [axis(min(finite(p[i][1] for p in every)), max(finite(p[i][2] for p in every))) for i in (0, 1)]
     place = lambda value, i: (left + (value - ranges[0][0]) / (ranges[0][1] - ranges[0][0]) * (right - left) if i == 0 else
                               bottom - (value - ranges[1][0]) / (ranges[1][1] - ranges[1][0]) * (bottom - top))
-    draw.text((left, 12), title, fill=INK, font=font(15))
+    draw.text((6, 8), title, fill=INK, font=font(15))
     draw.rectangle((left, top, right, bottom), outline=INK)
     for i, name in enumerate((x, y)):
         for value in np.linspace(*ranges[i], 5):
             at = (place(value, 0), bottom + 4) if i == 0 else (left - 6, place(value, 1))
             draw.text(at, f"{value:.2f}", fill=INK, font=font(11), anchor="mt" if i == 0 else "rm")
-        draw.text(((left + right) / 2, height - 30) if i == 0 else (6, 28), name, fill=INK, font=font(), anchor="mt" if i == 0 else "lm")
+        draw.text(((left + right) / 2, height - 30) if i == 0 else (6, 44), name, fill=INK, font=font(), anchor="mt" if i == 0 else "lm")
     for number, (name, line) in enumerate(points.items()):
         colour, middles = COLOURS[number % len(COLOURS)], []
         for one, two in line:
@@ -113,7 +113,9 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
         if len(middles) > 1:
             draw.line(middles, fill=colour, width=2)
         if middles:
-            draw.text((middles[-1][0] + 7, middles[-1][1] - 7), name, fill=colour, font=font(12), anchor="ls")
+            fits = middles[-1][0] + 7 + font(12).getlength(name) < width  # else it stands to the left
+            draw.text((middles[-1][0] + (7 if fits else -7), middles[-1][1] - 7), name, fill=colour, font=font(12),
+                      anchor="ls" if fits else "rs")
     return image
 
 

@@ -36,6 +36,8 @@ from training import settings_of
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
+RECIPE = 1  # one more whenever the same flags would teach something else: other data of the toy's world, other defaults
+
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
@@ -68,9 +70,8 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     options = trainer.parse(["--model", str(args.model), "--seed", str(seed), "--validate-count", "0", *device, *flags.split()])
     if method == "sugar" and options.strategy == "mix":
         options.steps *= 2
-    parts = ("transformer", "vae", "text_encoder", "dino", "clip")
-    weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in parts))
-    settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights}
+    weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in evaluate.MADE_BY))
+    settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights, "recipe": RECIPE}
     if getattr(options, "synthetic", None) == "image":
         settings["frames of a video"] = OneFrame.EACH
     if getattr(options, "second_steps", None):  # which the first stage does not depend on
@@ -125,13 +126,13 @@ def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) ->
     model = ["--model", str(args.model), "--adapter", str(run)] if ablation.method == "switch" else ["--model", str(run)]
     device, took = ["--device", args.device] if args.device else [], folder / "took.json"
     with locked(folder):
-        there, started = len(list(folder.glob("videos/*.mp4"))), time.perf_counter()
+        there, started = len(list(folder.glob("videos/[!.]*.mp4"))), time.perf_counter()
         # Each seed has subjects, texts and noise of its own, the same for all rows.
-        status = evaluate.main(["generate", "--out", str(folder), "--count", str(args.count), "--seed", str(seed + 1),
-                                *(["--looks"] if ablation.looks else []), *blind, "--", *model,
-                                "--steps", "2" if args.quick else str(args.sampling_steps), *device, *way])
-        if status or evaluate.main(["score", str(folder), "--own", str(args.model), *device]):
-            raise BadInput(f"The videos of {folder} could not be made, or not be scored.")
+        make = ["generate", "--out", str(folder), "--count", str(args.count), "--seed", str(seed + 1),
+                *(["--looks"] if ablation.looks else []), *blind, "--", *model,
+                "--steps", "2" if args.quick else str(args.sampling_steps), *device, *way]
+        evaluate.generate(evaluate.parse(make))
+        evaluate.score(evaluate.parse(["score", str(folder), "--own", str(args.model), *device]))
         if there < args.count:
             checkpoint.write_json(took, {"seconds": (time.perf_counter() - started) / (args.count - there)})
         summary = checkpoint.read_json(folder / "scores.json")
@@ -167,12 +168,11 @@ def difference(finding: Finding, more: Line, less: Line) -> float:
         return float(np.mean(score(more, finding.score) - score(less, finding.score)))
     lines = []
     for line in (more, less):
-        levels, values = score(line, finding.at), score(line, finding.score)
-        order = np.argsort(levels)
-        lines.append((levels[order], values[order]))
+        levels, number = np.unique(score(line, finding.at), return_inverse=True)
+        lines.append((levels, np.bincount(number, score(line, finding.score)) / np.bincount(number)))  # of ties the mean
     low, high = max(levels[0] for levels, _ in lines), min(levels[-1] for levels, _ in lines)
     shorter = min(levels[-1] - levels[0] for levels, _ in lines)
-    if not high - low >= COMMON * shorter:
+    if not (high > low and high - low >= COMMON * shorter):
         return float("nan")
     common = np.linspace(low, high, 21)
     one, two = (np.interp(common, *line) for line in lines)
@@ -216,6 +216,7 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
 
 def run(args) -> None:
     """Trains, samples, scores; writes NAME.md and NAME.png."""
+    checkpoint.check_out(args.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("An ablation is one process: start several, of other names, beside each other; they share their runs.")
     own = {"seed": 0, "model": str(args.model), "device": args.device}
@@ -245,7 +246,7 @@ def run(args) -> None:
 def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[dict], seconds: float) -> Path:
     """The table, the findings and the picture."""
     names = [score for score in SCORES if score in next(iter(results.values()))[0][0]]
-    value = lambda point, name: float("nan") if point[name] is None else point[name]
+    value = lambda point, name: float("nan") if point.get(name) is None else point[name]
     table = {label: [{name: over_seeds([value(line[i], name) for line in lines]) for name in names} for i in range(len(ablation.sweep))]
              for label, lines in results.items()}
     cell = lambda interval: "not measured" if not np.isfinite(interval[0]) else f"{interval[0]:.3f}" + (
@@ -266,10 +267,10 @@ def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[d
              "| the paper's finding | measured | here |", "|---|---|---|",
              *(verdict(finding, results, args.count, reason) for finding in ablation.findings)]
     checkpoint.write_text(args.out / f"{args.name}.md", "\n".join(lines) + "\n")
-    if ablation.picture:
-        x, y = ablation.picture
-        picture = figures.scatter({label: [(row[x], row[y]) for row in rows] for label, rows in table.items()}, TITLES[x], TITLES[y],
-                                  f"{args.name} ({ablation.source})")
+    if ablation.pictures:
+        picture = figures.stacked([
+            figures.scatter({label: [(row[x], row[y]) for row in rows] for label, rows in table.items()}, TITLES[x], TITLES[y],
+                            f"{args.name} ({ablation.source})") for x, y in ablation.pictures])
     else:
         picture = figures.bars({TITLES[name]: {label: rows[0][name] for label, rows in table.items()} for name in names},
                                f"{args.name} ({ablation.source})")

@@ -76,6 +76,12 @@ def test_lines_are_compared_at_the_same_level(seed):
     sliver = line([0.59, 0.7, 0.9], 0.3)  # hardly any
     assert np.isnan(difference(apart, sliver, less))
     assert "no verdict (hardly a common level of DINO-I)" in verdict(apart, {"a": [far] * 3, "b": [less] * 3}, 64, "")
+    # Exact scores are counts, so levels tie: a tie is its mean, in whatever order, and a row of one level is no line.
+    exact = Finding("", "movement", "a", "b", at="identity")
+    tied = [{"identity": i, "movement": m} for i, m in ((0.1, 0.1), (0.1, 0.5), (0.3, 0.7))]
+    other = [{"identity": i, "movement": 0.2} for i in (0.1, 0.2, 0.3)]
+    assert difference(exact, tied, other) == pytest.approx(0.3) == difference(exact, tied[::-1], other)
+    assert np.isnan(difference(exact, [{**point, "identity": 0.1} for point in tied], other))
     assert "not measured" in verdict(Finding("", "clip_t", "a", "b"), {"a": [[{"clip_t": None}]] * 3, "b": [[{}]] * 3}, 64, "")
 
 
