@@ -255,6 +255,11 @@ def write_jsonl(file: Path, rows: list[dict]) -> None:
     write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def check_out(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--out {folder} is a file: give a folder, which may be new.")
+
+
 def remove_parts(folder: Path, below: str = "") -> None:
     """Removes what replace_when_whole() left in `folder`, or in the folders `below`, when its process was killed. Only while nobody
     writes there."""
@@ -263,11 +268,12 @@ def remove_parts(folder: Path, below: str = "") -> None:
 
 
 def fingerprint(*folders: Path | None) -> str:
-    """Tells weights apart by the names, the sizes, and the contents of the config.json and safetensors in the folders: of large files
+    """Tells weights apart by the names, the sizes, and the contents of the config.json and weight files in the folders: of large files
     16 samples, as what is trained differs everywhere."""
+    kinds = ("config.json", "*.safetensors", "pytorch_model*.bin")
     digest = hashlib.sha256()
     for folder in folders:
-        files = [] if folder is None else [folder] if folder.is_file() else [*folder.rglob("config.json"), *folder.rglob("*.safetensors")]
+        files = [] if folder is None else [folder] if folder.is_file() else [file for kind in kinds for file in folder.rglob(kind)]
         for file in sorted(files):
             size = file.stat().st_size
             digest.update(f"{file.name} {size} ".encode())
@@ -334,7 +340,10 @@ def read_published(path: Path, inside: str | None = None) -> dict[str, torch.Ten
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage has as many classes here as there are places in a file
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "Unsupported global" in str(error):
+            raise BadInput(f"{path} holds pickled objects beside its tensors, which would run code and are not loaded: give the published "
+                           f"weights, or a file of tensors alone.") from error
+        reason = (str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"The weight file {path} is truncated, damaged or no PyTorch weights ({reason}); download it "
                        f"again.") from error
     if inside is not None and isinstance(content, dict) and isinstance(content.get(inside), dict):

@@ -14,7 +14,7 @@ import uuid
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -118,8 +118,13 @@ def start(device: str | None = None, sequence: int = 1) -> Ranks:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    return Ranks(rank, world, where, init_device_mesh(kind, (world,)), patient, sequence)
+    return Ranks(rank, world, where, *joined(kind, world), sequence)
+
+
+@lru_cache(maxsize=None)
+def joined(kind: str, world: int) -> tuple[DeviceMesh, dist.ProcessGroup]:
+    """The ranks' mesh, and a group for wait(): made once, as each has threads and connections of its own."""
+    return init_device_mesh(kind, (world,)), dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def unused_part(store: dist.Store, rank: int, world: int) -> dist.Store:

@@ -14,7 +14,8 @@ stands after `--` goes to sample.py, which makes the videos: it goes on where it
     DIR/settings.json   by what they were made             DIR/table.md        beside the paper's own rows
     DIR/seen/           what the model saw of the image    DIR/prompts.json    prompts by file, for VBench
 
-VBench scores the videos too: `vbench evaluate --mode custom_input --videos_path DIR/videos --prompt_file DIR/prompts.json`.
+VBench scores the videos too: `vbench evaluate --dimension dynamic_degree --mode custom_input --videos_path DIR/videos --prompt_file
+DIR/prompts.json`.
 """
 
 import argparse
@@ -39,6 +40,8 @@ import world
 from ablations import ABLATIONS
 from checkpoint import BadInput, at_least, exit_status
 from data import ToyTest
+from distributed import Ranks
+from lora import find_adapter
 from pipeline import read_scales, read_schedule
 from readers import DreamBench
 from scorers import PUBLISHED, Scorers
@@ -94,6 +97,7 @@ def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
     at_least(1, args, "count")
     at_least(0, args, "seed")
+    ranks = distributed.start(sample.parse([*args.sample, "--prompts", "list.jsonl"]).device)
     rows, photographs = rows_of(args), None
     if args.set != "toy":
         contents = [Path(image).read_bytes() for image in dict.fromkeys(row["image"] for row in rows)]
@@ -112,29 +116,36 @@ def generate(args: argparse.Namespace) -> None:
     for name, lines in (("list.jsonl", asked), ("videos.jsonl", rows)):
         checkpoint.write_jsonl(args.out / name, lines)
     checkpoint.write_json(args.out / "prompts.json", {f"{row['name']}.mp4": row["prompt"] for row in rows})
-    make(args.out / "list.jsonl", args.out, args.sample)
+    make(args.out / "list.jsonl", args.out, args.sample, ranks)
 
 
-def make(listing: Path, out: Path, flags: list[str]) -> None:
+def make(listing: Path, out: Path, flags: list[str], ranks: Ranks) -> None:
     """Lets sample.py make the videos of the list, in out/videos; what it shows of the images is put into out/seen."""
-    status = sample.main(["--prompts", str(listing), "--out", str(out / "videos"), *flags])
-    if status:
-        raise SystemExit(status)
+    if ranks.first:
+        checkpoint.remove_parts(out / "videos")  # of a run that was killed: VBench would take them for videos
+    ranks.wait()
+    sample.run(sample.parse(["--prompts", str(listing), "--out", str(out / "videos"), *flags]))
     (out / "seen").mkdir(exist_ok=True)
     for picture in (out / "videos").glob("[!.]*.png"):
         with suppress(FileNotFoundError):  # another rank was quicker
             picture.replace(out / "seen" / picture.name)
 
 
+MADE_BY = ("transformer", "vae", "text_encoder", "dino", "clip")  # parts of a model that make videos
+
+
 def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     """Notes in out/settings.json by what the videos are made, and raises where there are videos that something else made."""
+    checkpoint.check_out(out)
     given = sample.parse([*flags, "--prompts", "list.jsonl"])
-    parts = [Path(given.model), *([Path(given.adapter)] if given.adapter else [])]
-    weights = checkpoint.fingerprint(*(part for part in parts if part.exists()))
-    scales = read_scales(read_schedule(parts[0])) if parts[0].exists() else {}  # what flags that are not given stand for
+    model, there = Path(given.model), Path(given.model).is_dir()
+    cut_by = ("grounding_dino", "sam") if settings.get("cut_out") or given.subject else ()
+    parts = [checkpoint.part(model, name) for name in (*MADE_BY, *cut_by)] if there else []
+    weights = checkpoint.fingerprint(*parts, *([find_adapter(given.adapter)] if given.adapter else []))
+    scales = read_scales(read_schedule(model)) if there else {}  # what flags that are not given stand for
     free = {"device", "out", "prompts", "low_memory"}
-    settings = {**settings, **{name: value for name, value in vars(given).items() if name not in free}, "weights": weights,
-                "the checkpoint's guidance": scales}
+    settings = {**{name: value for name, value in vars(given).items() if name not in free}, **settings, "weights": weights,
+                "the checkpoint's guidance": scales}  # of two that have one name, such as the seed, the list's own says what is made
     file = out / "settings.json"
     begun = file.exists() and any((out / "videos").glob("[!.]*.mp4"))  # a first try may have made none
     old = checkpoint.read_json(file) if begun else settings
@@ -148,15 +159,36 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
 
 # --- score ------------------------------------------------------------------------------------------------------------
 
+# What was scored by other code is scored again.
+CODE = checkpoint.fingerprint(*(Path(__file__).with_name(f"{name}.py") for name in ("world", "measure", "scorers", "flow", "amt", "viclip")))
 
-def read_lines(file: Path) -> list[dict]:
+
+def read_videos(folder: Path) -> list[dict]:
+    """videos.jsonl: what each video was to show."""
+    file, rows = folder / "videos.jsonl", []
     if not file.exists():
-        raise BadInput(f"There is no {file}: is {file.parent} what evaluate.py generate wrote?")
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):  # a run that was killed while it wrote may have left half a line
+        raise BadInput(f"There is no {file}: is {folder} what evaluate.py generate wrote?")
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
             rows.append(json.loads(line))
+            lacking = {"name", "prompt", "subject", "image"} - rows[-1].keys()
+        except (ValueError, AttributeError) as error:
+            raise BadInput(f"Line {number} of {file} is no JSON object: the command that wrote it writes it again.") from error
+        if lacking:
+            raise BadInput(f'Line {number} of {file} has no "{sorted(lacking)[0]}".')
+    if not rows:
+        raise BadInput(f"{file} is empty: the command that wrote it writes it again.")
     return rows
+
+
+def read_scores(folder: Path) -> dict[str, dict]:
+    """The lines of scores.jsonl, by what they are of."""
+    file, lines = folder / "scores.jsonl", {}
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
+        with suppress(ValueError):  # a run that was killed while it wrote may have left half a line
+            read = json.loads(line)
+            lines[read["of"]] = read
+    return lines
 
 
 def check_complete(folder: Path, rows: list[dict]) -> None:
@@ -177,17 +209,18 @@ def exact_scores(frames: np.ndarray, seed: int, looks: list[str], number: int) -
 def score(args: argparse.Namespace) -> None:
     """Scores each folder's videos, every rank its share; those that scores.jsonl has already are not scored again."""
     ranks, which = distributed.start(args.device), set_of(args.folders, args.set)
+    if args.fps is not None and not 0 < args.fps <= 1000:
+        raise BadInput(f"--fps {args.fps:g}: choose more than 0 and at most 1000.")
     args.own = args.own or (Path("checkpoints/toy") if which == "toy" else None)
     published = {name: getattr(args, name.replace("-", "_")) for name in PUBLISHED}
     scorers = Scorers(ranks.device, args.own, published, args.raft, args.amt, args.viclip)
     parts = (args.own, args.raft, args.amt, args.viclip, *map(Path, published.values()))
     weights = checkpoint.fingerprint(*(part for part in parts if part is not None and part.exists()))
-    by, tables = [args.fps, scorers.by, weights], {}
+    by, tables = [args.fps, scorers.by, weights, CODE], {}
     for folder in args.folders:
-        rows = read_lines(folder / "videos.jsonl")
+        rows = read_videos(folder)
         check_complete(folder, rows)
-        there = lambda: {line["of"]: line for line in read_lines(folder / "scores.jsonl")} if (folder / "scores.jsonl").exists() else {}
-        done = {of for of, line in there().items() if "scores" in line}
+        done = {of for of, line in read_scores(folder).items() if "scores" in line}
         keys = {row["name"]: key_of(folder, row, by) for row in rows}
         todo = [row for row in rows if keys[row["name"]] not in done]
         ranks.wait()  # all have looked
@@ -202,7 +235,7 @@ def score(args: argparse.Namespace) -> None:
                 file.flush()
         ranks.wait()
         if ranks.first:
-            scored = there()
+            scored = read_scores(folder)
             lost = [row["name"] for row in rows if keys[row["name"]] not in scored]
             if lost:  # file systems of several nodes may lose lines that two of them append at once
                 raise BadInput(f"{folder / 'scores.jsonl'} has no line of {checkpoint.some(lost)}: the same command scores them.")
@@ -222,9 +255,11 @@ def set_of(folders: list[Path], asked: str | None) -> str:
 
 
 def key_of(folder: Path, row: dict, by: list) -> str:
-    """What a line of scores.jsonl depends on: the video as it is now, what it was to show, and by what it is scored."""
-    about = (folder / "videos" / f"{row['name']}.mp4").stat()
-    return hashlib.sha256(json.dumps((row, about.st_size, about.st_mtime_ns, by)).encode()).hexdigest()[:16]
+    """What a line of scores.jsonl depends on: the video and its subject's image as they are now, what it was to show, and by what it is
+    scored."""
+    about, image = (folder / "videos" / f"{row['name']}.mp4").stat(), folder / row["image"]
+    shown = checkpoint.fingerprint(image) if image.is_file() else None  # of the toy's, generate writes the same anew
+    return hashlib.sha256(json.dumps((row, about.st_size, about.st_mtime_ns, shown, by)).encode()).hexdigest()[:16]
 
 
 def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> dict:
@@ -258,7 +293,7 @@ def sheet(args: argparse.Namespace) -> None:
     the first."""
     at_least(1, args, "count", "frames", "fps")
     methods = f" ({', '.join(folder.name for folder in args.folders)})" if len(args.folders) > 1 else ""
-    rows = read_lines(args.folders[0] / "videos.jsonl")[: args.count]
+    rows = read_videos(args.folders[0])[: args.count]
     items, playing = [], []
     for row in rows:
         videos = []
@@ -266,7 +301,10 @@ def sheet(args: argparse.Namespace) -> None:
             file = folder / "videos" / f"{row['name']}.mp4"
             if not file.exists():
                 raise BadInput(f"{folder} has no video {row['name']}.mp4, which {args.folders[0]} has.")
-            videos.append(media.read_video(file))
+            try:
+                videos.append(media.read_video(file))
+            except BadInput as error:
+                raise BadInput(f"{file}: {error}") from error
         subject = subject_of(args.folders[0], row)
         height = videos[0].shape[1]
         videos = [video if video.shape[1] == height else np.stack([np.asarray(Image.fromarray(frame).resize(
@@ -324,7 +362,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a.add_argument("--model", type=Path, default=Path("checkpoints/toy"), help="the toy (default: %(default)s)")
     a.add_argument("--seeds", type=int, default=3, help="trainings of each variant (default: %(default)s)")
     a.add_argument("--count", type=int, default=64, help="videos of each training (default: %(default)s)")
-    a.add_argument("--train", default="", help="more flags for all trainings, such as '--steps 1000'")
+    a.add_argument("--train", default="", help="more flags for all trainings, such as '--steps 1000'; a single one as --train=--compile")
     a.add_argument("--sampling-steps", type=int, default=25, help="default: %(default)s")
     a.add_argument("--quick", action="store_true", help="everything once, in minutes; there is no verdict")
     a.add_argument("--device", help="default: cuda where there is one, else cpu")

@@ -24,6 +24,7 @@ import checkpoint
 import distributed
 import media
 import world
+from cache import digest_of
 from checkpoint import BadInput, at_least
 from data import Broken
 from encoders import GroundedSAM, find
@@ -133,18 +134,20 @@ def motion(args: argparse.Namespace) -> None:
     # What is needed in the end is looked at in the beginning.
     network = load_i3d(args.i3d).to(ranks.device) if args.i3d is not None else None
     likeness = None if network else Similarity(model, ranks.device)
-    made_by(args.out, {"image": not args.no_image}, flags)
+    about = {"data": args.data and str(args.data), "data's digest": args.data and digest_of(args.data, args.out), "clip": str(clip),
+             "trained": [args.trained_share, args.trained_seed], "seed": args.seed}  # whose first frames and captions they are
+    made_by(args.out, {"image": not args.no_image, **about}, flags)
     run = Run(args.out, ranks)
     chosen = classify(args, run, clip, model, Flow(args.raft, ranks.device))
     if not chosen:
         raise BadInput(f"No video is left in any class: {args.out / 'classes.jsonl'} says why.")
     listing = args.out / "list.jsonl"
     if ranks.first:
-        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed, **({"noun": item["noun"]} if item["noun"] else {}),
+        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed + int(item["id"]), **({"noun": item["noun"]} if item["noun"] else {}),
                   **({} if args.no_image else {"image": str((args.out / item["first"]).resolve())})} for item in chosen]
         checkpoint.write_jsonl(listing, lines)
     ranks.wait()
-    make(listing, args.out, flags)
+    make(listing, args.out, flags, ranks)
     ranks.wait()
     if not ranks.first:
         return

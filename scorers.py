@@ -53,15 +53,22 @@ def moves(frames: np.ndarray, fps: float, magnitudes: Callable[[np.ndarray], np.
     return float((magnitudes(frames) > threshold).sum() >= enough)
 
 
-def bootstrap(values: list[float], seed: int = 0, resamples: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
-    """Mean, and the bounds of the percentile bootstrap's confidence interval. What is not a number is left out."""
-    known = np.asarray([value for value in values if np.isfinite(value)])
-    if not len(known):
+def bootstrap(values: list[float], of: list[str] | None = None, seed: int = 0, resamples: int = 2000, level: float = 0.95
+              ) -> tuple[float, float, float]:
+    """Mean, and the bounds of the percentile bootstrap's confidence interval. of: the subject of each value; subjects are drawn anew,
+    each with all of its values, as eighteen videos of one dog are not eighteen independent ones. What is not a number is left out."""
+    known, of = np.isfinite(values), np.asarray(range(len(values)) if of is None else of)
+    if not known.any():
         return (float("nan"),) * 3
-    rng = np.random.default_rng(seed)
-    means = known[rng.integers(len(known), size=(resamples, len(known)))].mean(axis=1)
+    values = np.asarray(values)[known]
+    subjects, number = np.unique(of[known], return_inverse=True)
+    if len(subjects) < 2:  # of a single one nobody can say how much it tells of others
+        return float(values.mean()), float("nan"), float("nan")
+    sums, counts = np.bincount(number, values), np.bincount(number)
+    drawn = np.random.default_rng(seed).integers(len(subjects), size=(resamples, len(subjects)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(known.mean()), float(low), float(high)
+    return float(values.mean()), float(low), float(high)
 
 
 # --- published networks -----------------------------------------------------------------------------------------------
@@ -99,7 +106,7 @@ class DINO:
         known, patch = self.vit.embeddings.position_embeddings, self.vit.config.patch_size
         n = round((known.shape[1] - 1) ** 0.5)
         rows, columns = height // patch, width // patch
-        if rows == columns == n:
+        if rows == columns == n and height == width:
             return known
         grid = known[:, 1:].unflatten(1, (n, n)).permute(0, 3, 1, 2)
         grid = F.interpolate(grid, scale_factor=((rows + 0.1) / n, (columns + 0.1) / n), mode="bicubic")
@@ -295,4 +302,6 @@ class Scorers:
                 found["clip_i"] = (many @ of["clip"]([subject])[0]).mean().item()
         if "viclip" in of:
             found["viclip"] = of["viclip"](frames, text)
+        for name in [name for name, value in found.items() if not np.isfinite(value)]:
+            without[name] = f"it came out as {found.pop(name)}"
         return found, without

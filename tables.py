@@ -33,12 +33,13 @@ TEMPORAL = {"CogVideoX, fine-tuned": (597.54, 594.26, 573.86), "image-only": (64
 
 
 def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Scorers, which: str) -> dict:
-    """scores.json: each score's mean and 95% interval over the videos, whose it is, what was not measured and why."""
+    """scores.json: each score's mean over the videos and its 95% interval, whose it is, what was not measured and why."""
     lines = [done[row["name"]] for row in rows]
     means = {}
     for name in dict.fromkeys(name for line in lines for name in line.get("scores", {})):
-        values = [line["scores"][name] for line in lines if name in line.get("scores", {})]
-        means[name] = {**dict(zip(("mean", "low", "high"), bootstrap(values))), "videos": len(values)}
+        values = {row["name"]: line["scores"][name] for row, line in zip(rows, lines) if name in line.get("scores", {})}
+        interval = bootstrap(list(values.values()), [row["subject"] for row in rows if row["name"] in values])
+        means[name] = {**dict(zip(("mean", "low", "high"), interval)), "videos": len(values)}
     reasons: dict[str, dict[str, str]] = {}  # for each score, videos that lack it, and why
     for line in lines:
         for name, why in line.get("without", {}).items():
@@ -68,7 +69,8 @@ def table(tables: dict[Path, dict], which: str) -> str:
                 cells.append("not measured")
                 continue
             few = f" of {found['videos']}" if found["videos"] < summary["videos"] else ""
-            cells.append(f"**{number(factor * found['mean'])}** [{number(factor * found['low'])}, {number(factor * found['high'])}]{few}")
+            mean, low, high = (number(factor * found[of]) for of in ("mean", "low", "high"))
+            cells.append(f"**{mean}**" + f" [{low}, {high}]" * bool(low) + few)
         lines.append(f"| {folder.name} ({summary['videos']} videos) | " + " | ".join(cells) + " |")
     lines.append("")
     for name, by in {name: by for summary in tables.values() for name, by in summary["by"].items()}.items():

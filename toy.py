@@ -329,10 +329,8 @@ def score(args: argparse.Namespace) -> None:
     for method, more in folders.items():
         shutil.rmtree(args.work / "score" / method, ignore_errors=True)  # the checkpoint may be another by now
         command = ["generate", "--out", args.work / "score" / method, "--count", args.count, *more, "--steps", 25]
-        if evaluate.main([*map(str, command), *(["--device", args.device] if args.device else [])]):
-            raise BadInput(f"The videos of {method} could not be made.")
-    if evaluate.main(["score", *(str(args.work / "score" / method) for method in folders), "--own", str(args.out)]):
-        raise BadInput("The videos could not be scored.")
+        evaluate.generate(evaluate.parse([*map(str, command), *(["--device", args.device] if args.device else [])]))
+    evaluate.score(evaluate.parse(["score", *(str(args.work / "score" / method) for method in folders), "--own", str(args.out)]))
 
 
 if __name__ == "__main__":

@@ -104,8 +104,7 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
     for name in probabilities:
         if not 0 <= getattr(args, name) <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a probability from 0 to 1.")
-    if args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out {args.out} is a file: give a folder, which may be new.")
+    checkpoint.check_out(args.out)
     at_least(1, args, *counts, "steps", "micro_batch", "save_every", "validate_every", "keep")
     at_least(0, args, "validate_count", "max_skipped", "warmup", "seed", "weight_decay")
     for name in ("ema", "beta2"):

@@ -199,6 +199,8 @@ def load_tokenizer(where: str | Path, vocabulary: int):
     try:
         tokenizer = CLIPTokenizer.from_pretrained(where)
         start, *_, end = tokenizer("a video")["input_ids"]
+        if len(tokenizer) < 3:  # as transformers makes one of nothing, where there is no network
+            raise ValueError("it has no vocabulary")
     except Exception as error:  # no such folder, no network, other files: each has its class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"{where} gave no CLIP tokenizer ({reason}); put the vocab.json and merges.txt of {TOKENIZER} beside the "
@@ -212,8 +214,8 @@ def load_tokenizer(where: str | Path, vocabulary: int):
 def load_viclip(path: str | Path, tokenizer: str | Path = TOKENIZER, sizes: Sizes = Sizes()) -> ViCLIP:
     """ViCLIP with the published weights (ViClip-InternVid-10M-FLT.pth, or safetensors), ready to use and frozen.
     tokenizer: folder or hub id of CLIP's."""
-    vocabulary = load_tokenizer(tokenizer, sizes.vocabulary)
     tensors = read_published(Path(path), inside="model")
+    vocabulary = load_tokenizer(tokenizer, sizes.vocabulary)
     with torch.device("meta"):
         model = ViCLIP(sizes, vocabulary)
     model.to_empty(device="cpu")  # nothing is drawn at random that the file then replaces

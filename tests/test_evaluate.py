@@ -81,6 +81,17 @@ def test_the_bootstrap_is_the_normal_interval_for_many_values(seed):
     assert bootstrap([0.5] * 10) == (0.5, 0.5, 0.5) and np.isnan(bootstrap([float("nan")])[0])
 
 
+def test_the_bootstrap_draws_subjects_with_all_their_videos(seed):
+    """30 subjects of 18 videos that differ by their subject alone are 30 values, not 540."""
+    means = np.random.default_rng(seed).normal(0, 1, 30)
+    values, of = np.repeat(means, 18), [f"subject {i}" for i in range(30) for _ in range(18)]
+    mean, low, high = bootstrap(list(values), of)
+    assert mean == pytest.approx(means.mean()) and (high - low) / 2 == pytest.approx(1.96 * means.std() / 30**0.5, rel=0.15)
+    assert bootstrap(list(values), of[:1] * 540) == pytest.approx((mean, np.nan, np.nan), nan_ok=True)
+    few = np.where(np.arange(540) < 500, np.nan, values)  # nor are those that were not measured counted
+    assert bootstrap(list(few), of)[0] == pytest.approx(few[500:].mean())
+
+
 # --- networks beside transformers -------------------------------------------------------------------------------------
 
 
@@ -106,6 +117,7 @@ def test_dino_is_transformers_and_positions_are_the_authors(tmp_path, seed):
     grid = F.interpolate(known[0, 1:].T.view(1, 32, 4, 4), scale_factor=(4.1 / 4, 6.1 / 4), mode="bicubic")
     assert torch.equal(ours.positions(None, 64, 96)[0, 1:], grid[0].flatten(1).T)
     assert torch.equal(ours.positions(None, 64, 64), known)
+    assert not torch.equal(ours.positions(None, 64, 70), known), "as many patches, but not a square: the authors interpolate"
 
 
 def test_clip_is_transformers(base, seed):
@@ -244,7 +256,7 @@ def test_true_clips_score_at_the_top_and_noise_moves_nowhere(base, tmp_path, see
     # Four noises may well hit what was asked of them; what the world says of each is what was written, hit or not.
     for folder, mean in zip((good, bad), means):
         said_by_world = [clip.measure(media.read_video(folder / "videos" / f"{row['name']}.mp4"))
-                         for clip, row in zip(drawn, evaluate.read_lines(folder / "videos.jsonl"))]
+                         for clip, row in zip(drawn, evaluate.read_videos(folder))]
         for name in ("identity", "motion", "background", "look", "movement"):
             written = mean["background_exact" if name == "background" else name]["mean"]
             assert written == pytest.approx(np.mean([scores[name] for scores in said_by_world]), abs=1e-6)
@@ -286,6 +298,10 @@ def test_what_single_videos_lack_is_listed(base, tmp_path, capsys):
     assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
     summary, said = json.loads((folder / "scores.json").read_text()), capsys.readouterr().out
     lacking = summary["not measured of some"]
+    portrait = ToyTest(1)[2].image
+    media.save_image(portrait, folder / "images" / "0002.png")  # found again
+    assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
+    assert "dino_i" not in json.loads((folder / "scores.json").read_text())["not measured of some"]
     assert "2 are left" in lacking["dynamic"][names[0]] and "it is 9x96x96" in lacking["identity"][names[1]]
     assert "0002.png" in lacking["dino_i"][names[2]] and lacking["clip_i"].keys() == {names[2]}
     assert {name: each["videos"] for name, each in summary["means"].items() if name in lacking} == {
@@ -300,7 +316,10 @@ def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
     assert evaluate.main(["generate", "--out", str(out), "--count", "2", *more]) == 0  # there is nothing left to do
     assert "2 videos are already there" in capsys.readouterr().out
     assert evaluate.main(["score", str(out), "--own", str(base)]) == 0
-    names = [line["name"] for line in map(json.loads, (out / "scores.jsonl").read_text().splitlines())]
+    lines = (out / "scores.jsonl").read_text()
+    assert evaluate.main(["generate", "--out", str(out), "--count", "2", *more]) == 0 == evaluate.main(["score", str(out), "--own", str(base)])
+    assert (out / "scores.jsonl").read_text() == lines, "nor to be scored"
+    names = [line["name"] for line in map(json.loads, lines.splitlines())]
     assert json.loads((out / "prompts.json").read_text()).keys() == {f"{name}.mp4" for name in names}
     said = (out / "table.md").read_text()
     assert said.count("\n| ") == 2 and f"- CLIP-T: by {base}'s own" in said and "- Dynamic degree: by classical" in said
@@ -312,19 +331,33 @@ def test_from_prompts_to_a_table_and_a_sheet(base, tmp_path, capsys):
     capsys.readouterr()
     assert evaluate.main(["generate", "--out", str(out), "--count", "2", "--", "--model", str(base), "--steps", "2", "--device", "cpu"]) == 2
     assert "were made with adapter = " in capsys.readouterr().err
+    for change, said in ((["--seed", "2"], "seed = 1, and now it is 2"), (["--no-image"], "image = True, and now it is False")):
+        assert evaluate.main(["generate", "--out", str(out), "--count", "2", *change, *more]) == 2
+        assert f"were made with {said}" in capsys.readouterr().err
     assert evaluate.main(["sheet", str(out), str(out), "--count", "2", "--frames", "3"]) == 0
     assert Image.open(out / "sheet.png").height > 150 and Image.open(out / "sheet.gif").n_frames > 1
     for name in names:  # a method whose videos are larger
         media.save_video(np.zeros((9, 96, 128, 3), np.uint8), tmp_path / "large" / "videos" / f"{name}.mp4", 8, {})
     assert evaluate.main(["sheet", str(out), str(tmp_path / "large"), "--count", "2"]) == 0
     assert evaluate.main(["sheet", str(out), "--count", "0"]) == 2
+    capsys.readouterr()
+    (tmp_path / "large" / "videos" / f"{names[0]}.mp4").write_bytes(b"no video")
+    assert evaluate.main(["sheet", str(out), str(tmp_path / "large")]) == 2 and f"videos/{names[0]}.mp4: " in capsys.readouterr().err
+    # Nor are they bound to parts of the model that did not make them; what a killed run left half written goes.
+    (base_of := tmp_path / "model").mkdir()
+    for part in base.iterdir():
+        (base_of / part.name).symlink_to(part)
+    again = ["generate", "--out", str(tmp_path / "again"), "--count", "1", "--no-image", "--", "--model", str(base_of), "--steps", "1", "--device", "cpu"]
+    assert evaluate.main(again) == 0
+    (base_of / "sugar").unlink()
+    (tmp_path / "again" / "videos" / ".part-x.mp4").write_bytes(b"half a video")
+    assert evaluate.main(again) == 0 and not list((tmp_path / "again" / "videos").glob(".part*"))
 
 
 def test_a_first_attempt_that_made_nothing_binds_nobody(base, tmp_path, capsys):
     more = ["generate", "--out", str(tmp_path / "run"), "--count", "1", "--no-image", "--", "--model", str(base), "--device", "cpu", "--steps"]
     assert evaluate.main(["generate", "--set", "switch", *more[1:], "2"]) == 2  # no --dreambench
-    with pytest.raises(SystemExit):
-        evaluate.main([*more, "0"])
+    assert evaluate.main([*more, "0"]) == 2
     assert evaluate.main([*more, "1"]) == 0 and evaluate.main([*more, "2"]) == 2
     assert "were made with steps = 1, and now it is 2" in capsys.readouterr().err
 
@@ -400,3 +433,23 @@ def test_bad_input(base, tmp_path, capsys):
     assert "--set sugar needs --dreambench" in capsys.readouterr().err
     assert evaluate.main(["score", str(tmp_path / "nowhere"), "--own", str(base)]) == 2
     assert "nowhere/videos.jsonl" in capsys.readouterr().err
+    folder = truth(tmp_path / "videos", 2, False, 1, lambda example: example.video)
+    assert evaluate.main(["score", str(folder), "--own", str(base), "--fps", "nan"]) == 2
+    assert "--fps nan: choose more than 0" in capsys.readouterr().err
+    lines = (folder / "videos.jsonl").read_text().splitlines()
+    for content, said in (("", "is empty"), (f"{lines[0]}\n{lines[1][:30]}", "Line 2 of .*videos.jsonl is no JSON object"),
+                          ('{"name": "a", "prompt": "b", "subject": "c"}', 'Line 1 of .*videos.jsonl has no "image"'),
+                          ("\udcff", "Line 1 of"), ("3", "Line 1 of")):
+        (folder / "videos.jsonl").write_text(content, errors="surrogateescape")
+        for command in (["score", str(folder), "--own", str(base)], ["sheet", str(folder)]):
+            assert evaluate.main(command) == 2 and re.search(said, capsys.readouterr().err), (content, command)
+    (tmp_path / "file").touch()
+    for command in ("generate", "motion", "ablate switch-p"):
+        assert evaluate.main([*command.split(), "--out", str(tmp_path / "file")]) == 2 and "file is a file: give a folder" in capsys.readouterr().err
+
+
+def test_a_score_that_is_no_number_is_listed(base):
+    found = Scorers(own=base)
+    found.of["viclip"] = lambda frames, text: float("nan")
+    scores, without = found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None)
+    assert "viclip" not in scores and without == {"viclip": "it came out as nan"}

@@ -129,7 +129,8 @@ def test_weights_that_are_no_weights(published, tmp_path):
     for whole in (published["raft-things.pth"], tmp_path / "legacy.pth", tmp_path / "foreign.safetensors"):
         data = whole.read_bytes()
         (tmp_path / f"cut-{whole.name}").write_bytes(data[: torch.randint(1, len(data), ()).item()])
-    for name in ("pickled.pth", "page.pth", "empty.pth", "cut-raft-things.pth", "cut-legacy.pth", "cut-foreign.safetensors"):
+    assert "pickled objects" in error(tmp_path / "pickled.pth") and "weights_only" not in error(tmp_path / "pickled.pth")
+    for name in ("page.pth", "empty.pth", "cut-raft-things.pth", "cut-legacy.pth", "cut-foreign.safetensors"):
         assert "truncated" in error(tmp_path / name)
 
 

@@ -60,6 +60,10 @@ def test_the_protocol_from_videos_to_distances(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "run" / "motion.json").read_text())
     assert "own DINO" in found["by"] and sum(of["videos"] for of in found["classes"].values()) == sum(row["kept"] for row in rows)
     assert all(of["distance"] > 0 for of in found["classes"].values()) and "| Switch (the paper, FVD) | 512.30" in capsys.readouterr().out
+    asked = [json.loads(line) for line in (tmp_path / "run" / "list.jsonl").read_text().splitlines()]
+    assert len({line["seed"] for line in asked}) == len(asked), "a noise of its own for each"
+    assert evaluate.main([*command[:3], "--seed", "1", *command[3:]]) == 2
+    assert "were made with seed = 0, and now it is 1" in capsys.readouterr().err, "videos of other clips are not reused"
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.startswith(found["by"]) and table.splitlines()[-1].count("videos)") == len(found["classes"])
 

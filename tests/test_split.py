@@ -28,8 +28,8 @@ def torchrun(ranks: int, script: Path, *arguments) -> str:
 
 @pytest.mark.parametrize("ranks,branches", [(2, 1), (3, 3), (4, 2), (4, 3)])
 def test_ranks_share_a_forward_pass(ranks, branches, tmp_path, seed):
-    """2 x 1: the sequence; 3 x 3: the branches, some of which are a batch of 2; 4 x 2: both; 4 x 3 have no divisor in common: the sequence. Lengths of 7, 15, 45
-    and 16 tokens do not divide evenly."""
+    """2 x 1: the sequence; 3 x 3: the branches, some of which are a batch of 2; 4 x 2: both; 4 x 3 have no divisor in common: the
+    sequence. Lengths of 7, 15, 45 and 16 tokens do not divide evenly."""
     torchrun(ranks, Path(__file__).with_name("split_worker.py"), tmp_path / "results.pt", seed, branches)
     results = torch.load(tmp_path / "results.pt", weights_only=True)
     assert len(results) == 2 * 8
@@ -38,7 +38,7 @@ def test_ranks_share_a_forward_pass(ranks, branches, tmp_path, seed):
         assert torch.equal(shared, again)
 
 
-@pytest.mark.parametrize("ranks,sequence,recompute", [(2, 2, []), (4, 2, ["keep-attention"])])
+@pytest.mark.parametrize("ranks,sequence,recompute", [(4, 4, []), (4, 2, ["keep-attention"])])
 def test_ranks_share_each_training_sample(ranks, sequence, recompute, tmp_path, seed):
     torchrun(ranks, Path(__file__).with_name("sequence_worker.py"), tmp_path / "worst.pt", seed, sequence, *recompute)
     worst = torch.load(tmp_path / "worst.pt", weights_only=True)

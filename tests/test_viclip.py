@@ -179,12 +179,14 @@ def test_what_cannot_be(files, viclip, tmp_path):
     torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "pickled.pth")  # a pickled module would run its own code
     (tmp_path / "cut.pth").write_bytes(files[0].read_bytes()[: torch.randint(1, files[0].stat().st_size, ()).item()])
     (tmp_path / "page.pth").write_text("<html>Sign in to download</html>")
-    for name in ("pickled.pth", "cut.pth", "page.pth"):
+    assert "pickled objects" in error(tmp_path / "pickled.pth")
+    for name in ("cut.pth", "page.pth"):
         assert "truncated" in error(tmp_path / name)
 
     assert "gave no CLIP tokenizer" in error(files[0], tmp_path / "nowhere")
     assert "is not CLIP's" in error(files[0], vocabulary(tmp_path / "fewer", MERGES[:-1]))
-    assert "is not CLIP's" in error(files[0], tmp_path)  # a folder without any
+    assert "gave no CLIP tokenizer (it has no vocabulary); put the vocab.json" in error(files[0], tmp_path)  # a folder without any
+    assert "There are no weights at" in error(tmp_path / "nowhere.pth", tmp_path / "nowhere"), "which is looked at first"
 
     with pytest.raises(BadInput, match="without frames"):
         viclip.video(np.zeros((0, 56, 56, 3), dtype=np.uint8))
