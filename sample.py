@@ -108,7 +108,7 @@ def check_effects(args: argparse.Namespace, sampler: Sampler, settings: Settings
         if getattr(args, name) is not None and not pictured and name != "omega_text":
             raise BadInput(f"--{name.replace('_', '-')} has no effect without an image: give --image as well.")
     if args.drop is not None and settings.t_bar == T:
-        raise BadInput(f"--drop {args.drop} has no effect without --t-bar: the timestep, below {T}, from which on it is dropped.")
+        raise BadInput(f"--drop {args.drop} has no effect at --t-bar {T}: give the timestep, below it, from which up it is dropped.")
     for request in requests:
         scale, flag = (settings.omega_text, "--omega-text") if sugar else (settings.guidance, "--guidance")
         if request.negative_prompt and scale == 1 and not (sugar and request.image is not None):

@@ -39,7 +39,8 @@ def summarize(folder: Path, rows: list[dict], done: dict[str, dict], scorers: Sc
     for name in dict.fromkeys(name for line in lines for name in line.get("scores", {})):
         values = {row["name"]: line["scores"][name] for row, line in zip(rows, lines) if name in line.get("scores", {})}
         interval = bootstrap(list(values.values()), [row["subject"] for row in rows if row["name"] in values])
-        means[name] = {**dict(zip(("mean", "low", "high"), interval)), "videos": len(values)}
+        known = (None if math.isnan(value) else value for value in interval)
+        means[name] = {**dict(zip(("mean", "low", "high"), known)), "videos": len(values)}
     reasons: dict[str, dict[str, str]] = {}  # for each score, videos that lack it, and why
     for line in lines:
         for name, why in line.get("without", {}).items():
@@ -69,7 +70,7 @@ def table(tables: dict[Path, dict], which: str) -> str:
                 cells.append("not measured")
                 continue
             few = f" of {found['videos']}" if found["videos"] < summary["videos"] else ""
-            mean, low, high = (number(factor * found[of]) for of in ("mean", "low", "high"))
+            mean, low, high = (number(found[of] and factor * found[of]) for of in ("mean", "low", "high"))
             cells.append(f"**{mean}**" + f" [{low}, {high}]" * bool(low) + few)
         lines.append(f"| {folder.name} ({summary['videos']} videos) | " + " | ".join(cells) + " |")
     lines.append("")

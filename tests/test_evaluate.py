@@ -373,6 +373,13 @@ def test_a_table_is_of_one_set(base, tmp_path, capsys):
     assert evaluate.set_of([Path(folders[1])], None) == "switch"
 
 
+def test_one_subject_has_no_interval(base, tmp_path):
+    folder = truth(tmp_path / "one", 1, False, 1, lambda example: example.video)
+    assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0
+    means = json.loads((folder / "scores.json").read_text(), parse_constant=pytest.fail)["means"]
+    assert means["dino_i"]["low"] is None and "[" not in (folder / "table.md").read_text().splitlines()[3]
+
+
 def test_half_a_line_is_scored_again(base, tmp_path):
     folder = truth(tmp_path / "run", 2, False, 1, lambda example: example.video)
     assert evaluate.main(["score", str(folder), "--own", str(base)]) == 0

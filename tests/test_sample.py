@@ -136,7 +136,8 @@ def test_each_setting_changes_the_video(sampled, arguments):
 def test_sugar_drops_nothing_by_default(sampled):
     """Steps run 999..0, and only from t_bar = 1000 up is something dropped."""
     plain = "--image fox-alpha.png --prompt 'a fox' --model toy/sugar"
-    assert torch.equal(sampled(plain), sampled(f"{plain} --drop both"))
+    assert torch.equal(sampled(plain), sampled(f"{plain} --t-bar 1000"))
+    assert not torch.equal(sampled(plain), sampled(f"{plain} --t-bar 999 --drop both"))
 
 
 # --- the image --------------------------------------------------------------------------------------------------------
