@@ -144,8 +144,9 @@ def peak(row: str, side: str, args: argparse.Namespace) -> int | None:
 
 
 def child(row: str, side: str, args: argparse.Namespace) -> dict:
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel  # noqa: F401 (both sides
-    from peft import LoraConfig  # noqa: F401                                                          start from the same imports)
+    # Both sides start from the same imports; diffusers loads a class when it is asked for.
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel  # noqa: F401
+    from peft import LoraConfig  # noqa: F401
 
     sides, before = ROWS[row](args), host_bytes()
     try:
@@ -290,9 +291,11 @@ def rows(args: argparse.Namespace, what: list[str]) -> bool:
 
 def flags_of(args: argparse.Namespace) -> list[str]:
     """The flags that say the same, for a process that measures one side."""
-    said = {name: value for name, value in vars(args).items() if name not in ("what", "child", "folder") and value is not None and value is not False}
-    values = lambda value: [] if value is True else [str(each) for each in (value if isinstance(value, list) else [value])]
-    return [word for name, value in said.items() for word in (f"--{name}", *values(value))]
+    flags = []
+    for name, value in vars(args).items():
+        if name not in ("what", "child", "folder") and value is not None and value is not False:
+            flags += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+    return flags
 
 
 def main() -> None:

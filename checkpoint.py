@@ -256,6 +256,7 @@ def write_jsonl(file: Path, rows: list[dict]) -> None:
 
 
 def check_out(folder: Path) -> None:
+    """Raises where --out names a file, before anything is written into it."""
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"--out {folder} is a file: give a folder, which may be new.")
 
