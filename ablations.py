@@ -64,9 +64,9 @@ def moves(claim: str, more: str, less: str, margin: float = 0.0) -> tuple[Findin
 
 
 def better(one: str, other: str, said: str = "") -> tuple[Finding, ...]:
-    """At the same likeness, by DINO-I as in the paper or exact, one moves more and meets the text better."""
+    """At the same likeness, by DINO-I as in the paper or exact, one moves more and follows the text better."""
     return tuple(Finding(f"{said}at the same likeness {one} {what} than {other}", score, one, other, at)
-                 for at in ("dino_i", "identity") for what, score in (("moves more", "movement"), ("meets the text better (CLIP-T)", "clip_t")))
+                 for at in ("dino_i", "identity") for what, score in (("moves more", "movement"), ("follows the text better (CLIP-T)", "clip_t")))
 
 
 ABLATIONS = {
@@ -111,7 +111,7 @@ ABLATIONS = {
         Finding("I2V keeps the identity better (DINO-I)", "dino_i", "I2V", "T2V"),
         Finding("and (CLIP-I)", "clip_i", "I2V", "T2V"),
         *moves("I2V moves more", "I2V", "T2V"),
-        Finding("T2V meets the text better (CLIP-T)", "clip_t", "T2V", "I2V")), "I2V"),
+        Finding("T2V follows the text better (CLIP-T)", "clip_t", "T2V", "I2V")), "I2V"),
     "switch-videos": Ablation("Switch, Table 7, a tenth of its counts", "switch", {
         **{f"{n} videos": Variant(f"--videos {n}") for n in (100, 200, 300)}, "400 videos": SWITCH}, (
         Finding("four times the videos: better identity (DINO-I)", "dino_i", "400 videos", "100 videos"),
@@ -126,7 +126,7 @@ ABLATIONS = {
         "That more video steps strengthen the identity is from A.4; 3.5 expects the opposite."),
     "sugar-guidance": Ablation("SUGAR, Table 1", "sugar", {
         f"image {image:g}": Variant(TSF.train, f"--omega-image {image:g}") for image in (TEXT, IMAGE, 2, 1.5, 1)}, (
-        Finding("a lower image scale meets the text better (CLIP-T)", "clip_t", "image 1", f"image {TEXT:g}"),
+        Finding("a lower image scale follows the text better (CLIP-T)", "clip_t", "image 1", f"image {TEXT:g}"),
         *moves("a lower image scale moves more", "image 1", f"image {TEXT:g}"),
         Finding("a higher image scale keeps the identity better (DINO-I)", "dino_i", f"image {TEXT:g}", "image 1"),
         Finding("and (exact)", "identity", f"image {TEXT:g}", "image 1"),
@@ -151,20 +151,20 @@ ABLATIONS = {
     "sugar-strategy": Ablation("SUGAR, Figure 6", "sugar", {
         **MIX_E, "TS": Variant("--strategy ts --design e"), "TSF": TSF_E}, (
         Finding("real videos alone cannot change the look", "look", "Mix, p = 0.5", "Mix, p = 0"),
-        *(Finding(f"real videos alone meet the text worse than {other} (CLIP-T)", "clip_t", other, "Mix, p = 0")
+        *(Finding(f"real videos alone follow the text worse than {other} (CLIP-T)", "clip_t", other, "Mix, p = 0")
           for other in ("Mix, p = 0.5", "Mix, p = 1", "TS", "TSF")),
         *moves("synthetic videos in the mix cost motion", "Mix, p = 0", "Mix, p = 0.5"),
         *moves("synthetic videos alone move less (hardly)", "Mix, p = 0", "Mix, p = 1"),
         *moves("freezing the first half moves more than not (assumed in 3.2)", "TSF", "TS"),
         *moves("both kinds are better than synthetic videos alone (3.2): they move more", "Mix, p = 0.5", "Mix, p = 1"),
         *moves("TSF moves more than Mix, p = 0.5", "TSF", "Mix, p = 0.5"), *moves("TSF moves more than Mix, p = 1", "TSF", "Mix, p = 1"),
-        Finding("and meets the text no less (CLIP-T)", "clip_t", "TSF", "Mix, p = 0.5", margin=0.01),
+        Finding("and follows the text no less (CLIP-T)", "clip_t", "TSF", "Mix, p = 0.5", margin=0.01),
         *moves("TSF moves no less than real videos alone", "TSF", "Mix, p = 0", margin=0.05),
         Finding("TSF still changes the look", "look", "TSF", "Mix, p = 0")), "TSF", (("look", "movement"), ("clip_t", "dynamic")), looks=True,
         note="Mix takes as many steps as the two stages together."),
     "sugar-synthetic": Ablation("SUGAR, Figure 7", "sugar", {
         "TSF-Video": TSF_E, "TSF-Image": Variant("--strategy tsf --design e --synthetic image")}, (
-        Finding("synthetic videos meet the text better than synthetic images (CLIP-T)", "clip_t", "TSF-Video", "TSF-Image"),
+        Finding("synthetic videos follow the text better than synthetic images (CLIP-T)", "clip_t", "TSF-Video", "TSF-Image"),
         Finding("and the asked look (exact)", "look", "TSF-Video", "TSF-Image"),
         Finding("at the same subject consistency they move more", "movement", "TSF-Video", "TSF-Image", at="subject")),
         "TSF-Video", (("subject", "movement"), ("subject", "clip_t")), looks=True, sweep=SWEEP),

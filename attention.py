@@ -22,8 +22,8 @@ DESIGNS = {
     "e": ("image text first other", "image text first other", "image text first other", "image text first other"),
 }
 
-# A block of the plan: these queries attend to these keys, without a mask.
-Block = tuple[slice, list[slice]]
+# The queries of one slice attend, unmasked, to the keys of a few slices.
+Segment = tuple[slice, list[slice]]
 
 
 def groups_seen(design: str) -> list[list[str]]:
@@ -46,13 +46,13 @@ def selective_mask(design: str, lengths: tuple[int, int, int, int]) -> Tensor:
     return table[group][:, group]
 
 
-def selective_blocks(design: str, lengths: tuple[int, int, int, int]) -> list[Block]:
+def selective_segments(design: str, lengths: tuple[int, int, int, int]) -> list[Segment]:
     """The same design as a few unmasked attentions: neighbouring groups that see the same keys share one, and
     neighbouring keys share a slice. With GROUPS in this order each of (a) to (e) needs a single slice of keys.
     """
     ends = torch.tensor(lengths).cumsum(0).tolist()
     span = {group: (end - n, end) for group, end, n in zip(GROUPS, ends, lengths)}
-    blocks: list[tuple[list, list]] = []
+    segments: list[tuple[list, list]] = []
     for group, seen in zip(GROUPS, groups_seen(design)):
         if span[group][0] == span[group][1]:
             continue
@@ -62,30 +62,29 @@ def selective_blocks(design: str, lengths: tuple[int, int, int, int]) -> list[Bl
                 keys[-1] = (keys[-1][0], high)
             elif low < high:
                 keys.append((low, high))
-        if blocks and blocks[-1][1] == keys:
-            blocks[-1][0][1] = span[group][1]
+        if segments and segments[-1][1] == keys:
+            segments[-1][0][1] = span[group][1]
         else:
-            blocks.append((list(span[group]), keys))
-    return [(slice(*queries), [slice(*key) for key in keys]) for queries, keys in blocks]
+            segments.append((list(span[group]), keys))
+    return [(slice(*queries), [slice(*key) for key in keys]) for queries, keys in segments]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block] | None = None, keep: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, everything with everything, or block by block (Switch eq. 2, SUGAR Figure 4).
+def attention(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment] | None = None, key_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, everything with everything, or segment by segment (Switch eq. 2, SUGAR Figure 4).
 
-    q, k, v: [B, heads, L, d]; returns [B, heads, L, d]. The queries in `blocks` cover 0..L in order. keep: [B, L] bool,
-    without blocks only: which keys there are, sample by sample.
+    q, k, v: [B, heads, L, d]; returns [B, heads, L, d]. The queries of `segments` cover 0..L in order. key_mask: [B, L] bool, False for
+    keys that a sample lacks; only without segments.
     """
-    assert blocks is None or keep is None, "blocks leave no key out sample by sample"
-    if blocks is None:
-        return dense(q, k, v, None if keep is None else keep[:, None, None])
+    assert segments is None or key_mask is None, "segments know no key_mask"
+    if segments is None:
+        return dense(q, k, v, None if key_mask is None else key_mask[:, None, None])
     out = []
-    for (_, keys), q in zip(blocks, q.split([queries.stop - queries.start for queries, _ in blocks], dim=2)):
-        if not keys:  # whom they may attend to is not there, as the frames behind the first in a picture
-            out.append(torch.zeros_like(q))
+    for queries, keys in segments:
+        if not keys:  # the groups that they may attend to are empty, as the frames behind the first are in a picture
+            out.append(torch.zeros_like(q[:, :, queries]))
             continue
-        seen_k, seen_v = ([x[:, :, key] for key in keys] for x in (k, v))
-        joined = [x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in (seen_k, seen_v)]
-        out.append(dense(q, *joined))
+        seen = (x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, key] for key in keys], dim=2) for x in (k, v))
+        out.append(dense(q[:, :, queries], *seen))
     # Joined as the kernels lay them out, [B, L, heads, d], so that nothing is copied when the heads are merged.
     return out[0] if len(out) == 1 else torch.cat([x.transpose(1, 2) for x in out], dim=1).transpose(1, 2)
 
@@ -133,19 +132,19 @@ def resize_and_centre(height: int, width: int, base_height: int, base_width: int
     return (top, left), (top + new_height, left + new_width)
 
 
-def in_place() -> bool:
+def may_overwrite() -> bool:
     """Whether a tensor that nobody will ask for again may be overwritten, which spares memory and the time to clear it: where no
     gradient is asked for, and no compiler sees to it."""
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def apply_rotary(x: Tensor, turn: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels of x [..., d] by its angle (Switch eq. 1), in float32: a complex product. turn:
+def apply_rotary(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turns each pair of neighbouring channels of x [..., d] by its angle (Switch eq. 1), in float32: a complex product. rotary:
     rotary_3d(), with the same dimensions or ones that broadcast."""
     if torch.compiler.is_compiling():  # torch's compiler cannot fuse complex numbers
-        (a, b), (cos, sin) = (y.unflatten(-1, (-1, 2)).unbind(-1) for y in (x.float(), turn))
+        (a, b), (cos, sin) = (y.unflatten(-1, (-1, 2)).unbind(-1) for y in (x.float(), rotary))
         return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    return torch.view_as_real(as_complex(x.float()) * as_complex(turn)).flatten(-2).to(x.dtype)
+    return torch.view_as_real(as_complex(x.float()) * as_complex(rotary)).flatten(-2).to(x.dtype)
 
 
 def as_complex(x: Tensor) -> Tensor:
@@ -153,9 +152,9 @@ def as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
-def apply_rotary_(x: Tensor, turn: Tensor) -> Tensor:
+def apply_rotary_(x: Tensor, rotary: Tensor) -> Tensor:
     """apply_rotary() in place."""
-    pairs = as_complex(x.float()).mul_(as_complex(turn))  # of a float32 x this is x itself
+    pairs = as_complex(x.float()).mul_(as_complex(rotary))  # of a float32 x this is x itself
     return x if x.dtype == torch.float32 else x.copy_(torch.view_as_real(pairs).flatten(-2))
 
 

@@ -264,7 +264,6 @@ def keep(row: str, size: str, result: dict, args: argparse.Namespace, file: Path
     key = {"machine": name_of_machine(args), "dtype": str(args.dtype), "size": size, "row": row, "compile": args.compile,
            **({"designs": args.designs} if row == "attention" else {})}
     old = json.loads(file.read_text()) if file.exists() else []
-    old = old if isinstance(old, list) else [old]  # as it once was
     others = [entry for entry in old if any(entry.get(name) != value for name, value in key.items())]
     file.write_text(json.dumps([*others, {**key, "torch": torch.__version__, "flags": args.flags, **result}], indent=2) + "\n")
 
@@ -300,8 +299,8 @@ def flags_of(args: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="row", choices=["all", *ROWS, "load", "data"], default="all",
-                        help=", ".join([*ROWS, "load", "data"]))
+    parser.add_argument("what", nargs="*", metavar="row", choices=[*ROWS, "load", "data"],
+                        help=", ".join([*ROWS, "load", "data"]) + " (default: all but data)")
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16" if gpu else "fp32", help="(default: %(default)s)")
@@ -321,9 +320,9 @@ def main() -> None:
     parser.add_argument("--child", metavar="SIDE", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.what = [*ROWS, "load"] if args.what in ("all", ["all"]) else args.what
-    if len(args.what) > 1 and {"all", "data"} & {*args.what}:
-        parser.error("all and data stand alone.")
+    args.what = args.what or [*ROWS, "load"]
+    if len(args.what) > 1 and "data" in args.what:
+        parser.error("data stands alone.")
     args.flags = flags_of(args)
     args.dtype, args.cuda, row = DTYPES[args.dtype], args.device.startswith("cuda"), args.what[0]
     args.recompute = args.recompute or ("all" if args.cuda else "none")

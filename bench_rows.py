@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import distributed
 import train_switch
-from attention import attention, selective_blocks, selective_mask
+from attention import attention, selective_mask, selective_segments
 from bench_files import MODELS
 from diffusion import alpha_bar_schedule, training_loss
 from lora import SWITCH_TARGETS, Adapter
 from model import Config, Transformer
 from pipeline import Conditions, Settings, sample_latents
 from streaming import streamed
-from vae import VAE, VAEConfig
+from vae import VAE, VAEConfig, latent_size
 
 SUGAR = dict(dino_dim=1024, clip_dim=1024)  # 257 tokens of each
 SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
@@ -45,7 +45,7 @@ def noise(args: argparse.Namespace, *shape: int, dtype: torch.dtype | None = Non
 
 
 def latents(args: argparse.Namespace) -> tuple[int, int, int]:
-    return (args.frames - 1) // 4 + 1, args.height // 8, args.width // 8
+    return latent_size(args.frames, args.height, args.width)
 
 
 def config_of(args: argparse.Namespace) -> Config:
@@ -148,7 +148,7 @@ def loop(args: argparse.Namespace, sugar: bool) -> dict[str, Callable[[], Run]]:
             train_switch.prepare(model, Adapter()).to(args.dtype).eval().requires_grad_(False).merge_adapter()
         settings = Settings(args.frames, args.height, args.width, 8, "ddim", steps=args.steps)
         alpha_bar = alpha_bar_schedule(SCHEDULE)
-        return lambda: sample_latents(model, given, alpha_bar, settings, x, lambda: None)
+        return lambda: sample_latents(model, given, alpha_bar, settings, x)
 
     def theirs(fused: bool = False) -> Run:
         from diffusers import CogVideoXDDIMScheduler
@@ -288,8 +288,8 @@ def attention_row(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
         return lambda: compiled(q, k, v, block_mask=blocks)
 
     def grouped(design: str) -> Run:
-        blocks = selective_blocks(design, lengths)
-        return lambda: attention(q, k, v, blocks)
+        segments = selective_segments(design, lengths)
+        return lambda: attention(q, k, v, segments)
 
     for design in args.designs:
         sides[f"({design})"] = lambda design=design: grouped(design)

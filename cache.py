@@ -12,6 +12,7 @@ never twice the same.
 
 import argparse
 import hashlib
+import json
 import time
 from dataclasses import asdict
 from functools import lru_cache
@@ -27,6 +28,7 @@ import distributed
 from checkpoint import BadInput, at_least, exit_status
 from data import Encoder
 from distributed import Ranks
+from world import FRAMES, SIZE
 
 SHARD = 64  # examples in a file
 
@@ -62,6 +64,11 @@ class Cache:
         """[M, D], the features of the empty text."""
         return open_shard(shard_file(self.folder, 0))[0].get_tensor("null.text")
 
+    def digest(self) -> str:
+        """Tells apart what is in caches; where they, or what they were made of, lie does not matter."""
+        made_of = {name: value for name, value in self.settings.items() if name != "data"}
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
     def check(self, encoder: Encoder, stream: str) -> None:
         """Raises where what is stored is not what `encoder` would make for that stream."""
         for name, wanted in stored_settings(encoder, stream).items():
@@ -75,9 +82,10 @@ class Cache:
 
     def check_clip(self, asked: dict) -> None:
         """Raises where a clip is asked for, by frames, height, width or fps, that is not what was cached."""
+        cached = self.settings.get("clip") or {"frames": FRAMES, "height": SIZE, "width": SIZE}  # of the toy's world
         for name, value in asked.items():
-            if value is not None and self.settings.get("clip", {}).get(name, value) != value:
-                raise BadInput(f"--{name} {value}: the cache {self.folder} was written with {self.settings['clip'][name]}.")
+            if value is not None and cached.get(name) != value:
+                raise BadInput(f"--{name} {value}: the cache {self.folder} was written with {cached.get(name, 'no frame rate')}.")
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         file, names = open_shard(shard_file(self.folder, i // SHARD))

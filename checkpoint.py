@@ -130,6 +130,14 @@ def part(model: Path, name: str, depth: int = 0) -> Path | None:
     return part(model / base if (model / base).is_dir() else resolve(base), name, depth + 1)
 
 
+def check_apart(out: Path, model: Path, flag: str) -> None:
+    """Raises where a new model in `out` would take the place of `model`, or of one that it takes parts from."""
+    parts = [part(model, name) for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "dino", "clip")]
+    if out.resolve() in {model.resolve(), *(folder.parent.resolve() for folder in parts if folder is not None)}:
+        raise BadInput(f"--out {out} is the folder of {flag}, or of a model that it takes parts from: what is written would take its place. "
+                       f"Choose another --out.")
+
+
 def name_base(model: Path, base: str) -> None:
     """Writes that what `model` lacks is to be taken from `base`: see part()."""
     write_json(model / "model_index.json", {"base": base})
@@ -190,7 +198,7 @@ def check(model: nn.Module, folder: Path, new: tuple[str, ...] = (), stem: str =
     Keys that start with one of `new` may be missing: load() leaves them to the caller to initialise.
     """
     entries, wanted = index(folder, stem), model.state_dict()
-    missing = [key for key in wanted if key not in entries and not key.startswith(new or ("\0",))]
+    missing = [key for key in wanted if key not in entries and not key.startswith(new)]
     unexpected = [key for key in entries if key not in wanted]
     if missing or unexpected:
         parts = [f"{len(keys)} {kind} ({some(keys)})" for kind, keys in

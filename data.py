@@ -47,7 +47,7 @@ class Broken(Exception):
 
 
 class Unfit(Broken):
-    """Nothing is wrong with the files of the example, but it is chosen not to be used: too short, too small, no subject in it."""
+    """The files are whole, but the example does not suit the settings: too short, too small, no subject in it."""
 
 
 class Toy:
@@ -203,11 +203,11 @@ class OneFrame:
 
 class Tolerant:
     """A dataset's first `length` examples, in which one that cannot be used is replaced by the next that can, and not tried again.
-    Each is listed once, with its reason, in `log`, to which all ranks write. When the broken ones are more than `share` of those that
-    were met (and ten at least, unless the share is 0), the run stops; those that are Unfit do not count."""
+    Each is listed once, with its reason, in `log`, to which all ranks write. When the broken ones are more than `broken_share` of those that
+    were met (and ten at least, unless the broken_share is 0), the run stops; those that are Unfit do not count."""
 
-    def __init__(self, dataset, length: int, log: Path, share: float = 0.1):
-        self.dataset, self.length, self.log, self.share = dataset, length, log, share
+    def __init__(self, dataset, length: int, log: Path, broken_share: float = 0.1):
+        self.dataset, self.length, self.log, self.broken_share = dataset, length, log, broken_share
         self.met: set[int] = set()
         self.skipped: set[int] = set()
         self.broken = 0  # of the skipped ones
@@ -238,8 +238,8 @@ class Tolerant:
         if len(self.skipped) == len(self.met) == 100:
             print(f"warning: none of the first 100 examples can be used; {self.log} says why", file=sys.stderr)
         self.broken += not isinstance(error, Unfit)
-        if self.broken > self.share * len(self.met) and (self.broken >= 10 or self.share == 0):
-            raise BadInput(f"{self.broken} of the first {len(self.met)} examples are broken, more than {self.share:.0%} (--broken); "
+        if self.broken > self.broken_share * len(self.met) and (self.broken >= 10 or self.broken_share == 0):
+            raise BadInput(f"{self.broken} of the first {len(self.met)} examples are broken, more than {self.broken_share:.0%} (--broken); "
                            f"{self.log} says why. The last one: {error}")
 
 

@@ -123,7 +123,7 @@ def denoise(predict: Callable[[Tensor, int], Tensor], x: Tensor, alpha_bar: Tens
 # --- guidance ---------------------------------------------------------------------------------------------------------
 #
 # Each takes a function `eps` that predicts under the conditions named by letters, and returns one prediction for each:
-# D for DINO, C for CLIP, T for text, R for the reference. What is not named is null: eps("", "T", "DCT") gives the
+# D for DINO, C for CLIP, T for text, R for the reference (in all sets or in none). What is not named is null: eps("", "T", "DCT") gives the
 # papers' eps(x_t, 0, 0, 0), eps(x_t, 0, 0, f_T5(c)) and eps(x_t, f_D(z), f_C(z), f_T5(c)), all in one batch.
 
 Predictor = Callable[..., list[Tensor]]

@@ -114,7 +114,7 @@ def start(device: str | None = None, sequence: int = 1) -> Ranks:
     if not dist.is_initialized():
         # A rank that waits longer than this for another will not see it again: it ends, and torchrun starts all anew.
         store = unused_part(*next(dist.rendezvous("env://"))) if "RANK" in os.environ else dist.HashStore()
-        # Of an error nccl leaves a note in torchrun's store, past unused_part(), for which ranks that begin anew would end themselves.
+        # Of an error nccl leaves a note in torchrun's store, past unused_part(), on seeing which restarted ranks would abort.
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE, store=store, rank=rank,
                                 world_size=world)
@@ -160,10 +160,10 @@ def leave(status: int) -> NoReturn:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.dtype = torch.bfloat16,
-          recompute: str | None = None, compiled: bool = False) -> FSDPModule:
+          recompute: str | None = None, compiled: bool = False) -> None:
     """FSDP2: each block is gathered for its own forward and backward pass only; where the whole model is small, once for both.
     Parameters keep their type, are gathered and computed with in `dtype`, and gradients are averaged over ranks in float32. A single rank
-    uses what is frozen and of that type already as it lies: to gather it would only copy it.
+    uses frozen parameters of that type as they are: to gather them would only copy them.
 
     recompute: activation checkpointing, see recompute_blocks().
     compiled: torch.compile, block by block, so that one compilation serves them all.
@@ -184,7 +184,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, dtype: torch.
     if ranks.sequence > 1:
         mesh = init_device_mesh(ranks.device.type, (ranks.world // ranks.sequence, ranks.sequence), mesh_dim_names=("data", "sequence"))
         split_sequence(model, mesh["sequence"])
-    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=as_it_lies)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=as_it_lies)
 
 
 def reshard(model: nn.Module) -> None:
@@ -262,8 +262,8 @@ class Trade(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """The parts of all ranks, joined along dimension 1. Every rank computes the same loss from them, and FSDP2 takes the mean of
-    the ranks' gradients where those of the parts add up: so this rank's part of the gradient counts as often as there are ranks."""
+    """The parts of all ranks, joined along dimension 1. Every rank computes the same loss from them, and FSDP2 averages
+    over ranks gradients that should be summed over parts: so each rank's is multiplied by the number of ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -298,7 +298,7 @@ def split_video(model: nn.Module, ranks: Ranks, branches: int) -> None:
 
 
 def split_batch(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Each rank of the mesh passes its share of the batch; where there is too little for all, the last ones repeat the last."""
+    """Each rank of the mesh runs its share of the batch; surplus ranks repeat the last sample."""
     group, rank, world, sizes = mesh.get_group(), mesh.get_local_rank(), mesh.size(), []
 
     def take(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -337,24 +337,24 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
         return torch.cat([mine, missing], dim=dim)
 
     def enter(block: nn.Module, args: tuple) -> tuple:
-        x, lengths, emb, turn, blocks, keep, lora = args
+        x, lengths, temb, rotary, segments, key_mask, lora = args
         if block is first:
             shares = [-(-length // world) for length in lengths]
             held = [[min(max(length - r * share, 0), share) for r in range(world)] for length, share in zip(lengths, shares)]
-            now.update(shares=tuple(shares), held=held, video=lengths[2], turn=None, lora=None)
-            if turn is not None:
-                now["turn"] = torch.cat([part(y, y.dim() - 2) for y in turn.split(lengths[1:], dim=-2)], dim=-2)
+            now.update(shares=tuple(shares), held=held, video=lengths[2], rotary=None, lora=None)
+            if rotary is not None:
+                now["rotary"] = torch.cat([part(y, y.dim() - 2) for y in rotary.split(lengths[1:], dim=-2)], dim=-2)
             if lora is not None:
                 now["lora"] = slice(shares[0], shares[0] + shares[1])
             x = torch.cat([part(y, 1) for y in x.split(lengths, dim=1)], dim=1)
-        return x, now["shares"], emb, now["turn"], blocks, keep, now["lora"]
+        return x, now["shares"], temb, now["rotary"], segments, key_mask, now["lora"]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, blocks, keep: Tensor | None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments, key_mask: Tensor | None) -> Tensor:
         """q, k, v [B, heads, L / world, d], of this rank's tokens."""
         sent = torch.stack([x.unflatten(1, (world, -1)).movedim(1, 0) for x in (q, k, v)], dim=1)  # [world, 3, B, heads / world, L / world, d]
         came = [x.split(now["shares"], dim=3) for x in Trade.apply(sent, group)]  # from each rank, of each stream
         whole = torch.cat([came[r][i].narrow(3, 0, n) for i, held in enumerate(now["held"]) for r, n in enumerate(held)], dim=3)
-        seen = attention(*whole, blocks, keep)  # [B, heads / world, L, d]
+        seen = attention(*whole, segments, key_mask)  # [B, heads / world, L, d]
         parts = iter(seen.split([n for held in now["held"] for n in held], dim=2))
         back: list[list[Tensor]] = [[] for _ in range(world)]  # to each rank, of each stream, with zeros where it has padding
         for share, held in zip(now["shares"], now["held"]):

@@ -43,7 +43,7 @@ def load_network(folder: Path, kind: str, dtype: torch.dtype, ignore: tuple[str,
         network, info = getattr(transformers, kind).from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:  # a config or a shape that does not fit: each class has its own way to be displeased
         raise BadInput(f"{folder} cannot be loaded as a {kind}: {' '.join(str(error).split())}") from error
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(ignore or ("\0",)))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(ignore))
     if missing:
         raise BadInput(f"The weights in {folder} do not fit its config.json: {len(missing)} missing "
                        f"({checkpoint.some(missing)}).")
@@ -176,6 +176,16 @@ def image_settings(folder: Path) -> tuple[int, list[float], list[float]]:
         raise BadInput(f"{folder / 'preprocessor_config.json'} lacks crop_size, image_mean or image_std.") from error
 
 
+def image_tokens(folder: Path) -> tuple[int, int]:
+    """How many tokens the encoder in `folder` makes of an image, and how wide they are: by its files, without loading it."""
+    config = checkpoint.read_json(folder / "config.json")
+    config = config.get("vision_config", config)
+    try:
+        return (image_settings(folder)[0] // config["patch_size"]) ** 2 + 1, config["hidden_size"]
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{folder / 'config.json'} lacks patch_size or hidden_size.") from error
+
+
 class ImageEncoder:
     """DINOv2 or CLIP: identity images -> tokens [B, N, D] of the last layer, the class token first (N = 257 at 224
     pixels). The image is padded to a square on white, so nothing of the subject is cut off, then resized."""
@@ -205,7 +215,10 @@ class GroundedSAM:
 
         self.device, self.threshold = device, threshold
         boxes, masks = find(model, "grounding_dino"), find(model, "sam")
-        self.box_processor, self.mask_processor = AutoProcessor.from_pretrained(boxes), SamProcessor.from_pretrained(masks)
+        try:
+            self.box_processor, self.mask_processor = AutoProcessor.from_pretrained(boxes), SamProcessor.from_pretrained(masks)
+        except Exception as error:  # as in load_network()
+            raise BadInput(f"{boxes} and {masks} cannot be read as GroundingDINO and SAM: {' '.join(str(error).split())}") from error
         self.box_network = load_network(boxes, "AutoModelForZeroShotObjectDetection", torch.float32).to(device)
         self.mask_network = load_network(masks, "SamModel", torch.float32).to(device)
 

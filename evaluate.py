@@ -43,7 +43,7 @@ from data import ToyTest
 from distributed import Ranks
 from lora import find_adapter
 from pipeline import read_scales, read_schedule
-from readers import DreamBench
+from readers import dreambench
 from scorers import PUBLISHED, Scorers
 from tables import EXACT, SETS, summarize, table
 
@@ -58,7 +58,7 @@ def rows_of(args: argparse.Namespace) -> list[dict]:
     if args.dreambench is None:
         raise BadInput(f"--set {args.set} needs --dreambench, the folder of DreamBench's subjects.")
     first = {}  # one photograph of each subject, the first by name
-    for photograph in DreamBench(args.dreambench).photographs:
+    for photograph in dreambench(args.dreambench):
         first.setdefault(photograph.subject, photograph)
     if len(first) != 30:
         print(f"warning: {args.dreambench} has {len(first)} subjects; SUGAR's protocol and ours of Switch are of 30", file=sys.stderr)
@@ -95,6 +95,11 @@ def subject_of(folder: Path, row: dict) -> Image.Image:
 
 def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
+    toys, which = args.set == "toy", f"--set {args.set}"
+    for flag, given, lost in (("--looks", args.looks, which if not toys else None), ("--cut-out", args.cut_out, "--no-image" if args.no_image else None),
+                              ("--dreambench", args.dreambench, which if toys else None)):
+        if given and lost:
+            raise BadInput(f"{flag} has no effect with {lost}: leave one of them out.")
     at_least(1, args, "count")
     at_least(0, args, "seed")
     ranks = distributed.start(sample.parse([*args.sample, "--prompts", "list.jsonl"]).device)
@@ -124,7 +129,7 @@ def make(listing: Path, out: Path, flags: list[str], ranks: Ranks) -> None:
     if ranks.first:
         checkpoint.remove_parts(out / "videos")  # of a run that was killed: VBench would take them for videos
     ranks.wait()
-    sample.run(sample.parse(["--prompts", str(listing), "--out", str(out / "videos"), *flags]))
+    sample.run(sample.parse([*flags, "--prompts", str(listing), "--out", str(out / "videos")]))
     (out / "seen").mkdir(exist_ok=True)
     for picture in (out / "videos").glob("[!.]*.png"):
         with suppress(FileNotFoundError):  # another rank was quicker
@@ -137,6 +142,8 @@ MADE_BY = ("transformer", "vae", "text_encoder", "dino", "clip")  # parts of a m
 def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     """Notes in out/settings.json by what the videos are made, and raises where there are videos that something else made."""
     checkpoint.check_out(out)
+    if own := {"--prompts", "--out"} & {*flags}:
+        raise BadInput(f"{min(own)} is not for sample.py here, behind --: evaluate.py gives it the list and the folder of its own --out.")
     given = sample.parse([*flags, "--prompts", "list.jsonl"])
     model, there = Path(given.model), Path(given.model).is_dir()
     cut_by = ("grounding_dino", "sam") if settings.get("cut_out") or given.subject else ()
@@ -173,11 +180,11 @@ def read_videos(folder: Path) -> list[dict]:
             rows.append(json.loads(line))
             lacking = {"name", "prompt", "subject", "image"} - rows[-1].keys()
         except (ValueError, AttributeError) as error:
-            raise BadInput(f"Line {number} of {file} is no JSON object: the command that wrote it writes it again.") from error
+            raise BadInput(f"Line {number} of {file} is no JSON object: run evaluate.py generate again.") from error
         if lacking:
             raise BadInput(f'Line {number} of {file} has no "{sorted(lacking)[0]}".')
     if not rows:
-        raise BadInput(f"{file} is empty: the command that wrote it writes it again.")
+        raise BadInput(f"{file} is empty: run evaluate.py generate again.")
     return rows
 
 
@@ -238,7 +245,7 @@ def score(args: argparse.Namespace) -> None:
             scored = read_scores(folder)
             lost = [row["name"] for row in rows if keys[row["name"]] not in scored]
             if lost:  # file systems of several nodes may lose lines that two of them append at once
-                raise BadInput(f"{folder / 'scores.jsonl'} has no line of {checkpoint.some(lost)}: the same command scores them.")
+                raise BadInput(f"{folder / 'scores.jsonl'} has no line of {checkpoint.some(lost)}: run the same command again.")
             tables[folder] = summarize(folder, rows, {row["name"]: scored[keys[row["name"]]] for row in rows}, scorers, which)
     if ranks.first:
         print(f"\n{table(tables, which)}")
@@ -388,6 +395,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = p.parse_args(own)
+    if rest and args.command not in ("generate", "motion"):
+        p.error(f"{args.command} makes no videos: what stands after -- is for sample.py, which generate and motion call.")
     args.sample = rest
     return args
 

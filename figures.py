@@ -31,23 +31,23 @@ def contact_sheet(items: Sequence[tuple[list[Image.Image], str, bool]], side: in
     return sheet
 
 
-def histogram(values: Sequence[float], title: str, least: float | None = None, most: float | None = None, bins: int = 40,
+def histogram(values: Sequence[float], title: str, least: float | None = None, bins: int = 40,
               width: int = 420, height: int = 180) -> Image.Image:
-    """How often each value occurs. Lines stand at the smallest and the largest that are kept."""
+    """How often each value occurs. A line stands at the smallest that is kept."""
     values = np.asarray([value for value in values if np.isfinite(value)], dtype=float)
     image = Image.new("RGB", (width, height), "white")
     draw, left, bottom, top = ImageDraw.Draw(image), 10, height - 24, 26
     draw.text((left, 6), f"{title} ({len(values)})", fill=INK, font=font())
     if not len(values):
         return image
-    marks = [mark for mark in (least, most) if mark is not None]
+    marks = [] if least is None else [least]
     low, high = min([values.min(), *marks]), max([values.max(), *marks])
     high = high if high > low else low + 1
     counts, _ = np.histogram(values, bins=bins, range=(low, high))
     step = (width - 2 * left) / bins
     for i, count in enumerate(counts):
         middle = low + (i + 0.5) * (high - low) / bins
-        kept = (least is None or middle >= least) and (most is None or middle <= most)
+        kept = least is None or middle >= least
         rise = (bottom - top) * count / counts.max()
         draw.rectangle((left + i * step, bottom - rise, left + (i + 1) * step - 1, bottom), fill=BAR if kept else DROPPED)
     for mark in marks:

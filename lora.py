@@ -40,7 +40,7 @@ class Adapter:
     cls: str = "token"  # <cls> in the prompt: a "token" of its own, word "pieces", or "none"
 
 
-# The released adapter's file says nothing about itself. So it was trained and so its public code in fact runs it.
+# The released adapter's file says nothing about itself. This is how its public code in fact runs it.
 RELEASED = {"alpha": 64.0, "norm_lora": "all", "lora_tokens": "all", "cls": "pieces"}
 
 
@@ -275,7 +275,7 @@ def check_adapter(model: nn.Module, file: Path) -> list[str]:
 
 def load_adapter(model: nn.Module, file: Path) -> Adapter:
     """Injects the adapter in `file` into `model`, and returns its settings. Who passes which LoRA is the model's to set:
-    see model.Transformer.use_adapter()."""
+    see model.use_adapter()."""
     adapter, names = read_adapter(file), check_adapter(model, file)
     inject(model, adapter.rank, adapter.alpha, adapter.dropout, tuple(names))
     with safe_open(file, "pt") as tensors:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from attention import apply_rotary, apply_rotary_, attention, in_place, rotary_3d, selective_blocks
+from attention import apply_rotary, apply_rotary_, attention, may_overwrite, rotary_3d, selective_segments
 from checkpoint import BadInput
 from lora import Adapter, LoRALinear, load_adapter, merge, on_tokens, without_lora
 
@@ -64,6 +64,11 @@ class Config:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def sample_latents(self) -> tuple[int, int, int]:
+        """[T, H, W] of the latents that the checkpoint was made for."""
+        return (self.sample_frames - 1) // self.temporal_compression_ratio + 1, self.sample_height, self.sample_width
+
+    @property
     def patch_t(self) -> int:
         """Latent frames in a patch: 1, or 2 in CogVideoX 1.5."""
         return self.patch_size_t or 1
@@ -95,8 +100,7 @@ class PatchEmbed(nn.Module):
             self.proj = nn.Linear(config.in_channels * p * p * config.patch_size_t, config.dim)
         self.text_proj = nn.Linear(config.text_embed_dim, config.dim)
         if config.use_learned_positional_embeddings:
-            tokens = math.prod(patch_grid(config, (config.sample_frames - 1) // config.temporal_compression_ratio + 1,
-                                          config.sample_height, config.sample_width))
+            tokens = math.prod(patch_grid(config, *config.sample_latents))
             self.register_buffer("pos_embedding", torch.zeros(1, config.max_text_seq_length + tokens, config.dim))
 
     def patches(self, x: Tensor, lora: bool = True) -> Tensor:
@@ -117,10 +121,8 @@ class PatchEmbed(nn.Module):
         if not config.use_learned_positional_embeddings:
             return sincos_3d(*patch_grid(config, frames, height, width), config.dim, config.spatial_interpolation_scale,
                              config.temporal_interpolation_scale, str(like.device), like.dtype)[None]
-        wanted = ((config.sample_frames - 1) // config.temporal_compression_ratio + 1, config.sample_height,
-                  config.sample_width)
-        if (frames, height, width) != wanted:
-            raise ValueError(f"This model's positions are learned for latents of {wanted}, not {(frames, height, width)}.")
+        if (frames, height, width) != config.sample_latents:
+            raise ValueError(f"This model's positions are learned for latents of {config.sample_latents}, not {(frames, height, width)}.")
         return self.pos_embedding[:, config.max_text_seq_length :].to(like)
 
 
@@ -152,17 +154,16 @@ class AdaLayerNormZero(nn.Module):
         self.linear = nn.Linear(config.time_embed_dim, 6 * config.dim)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, lengths: Lengths, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, lengths: Lengths, temb: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x [B, L, dim], text, reference and video -> x normed, and the gate [B, 1, dim] of each."""
-        emb = F.silu(emb)
-        adapted = self.linear(emb)
-        base = adapted if self.norm_lora == "all" else without_lora(self.linear, emb)
-        video_triple, text_triple = base.unsqueeze(1).chunk(6, dim=-1)[:3], base.unsqueeze(1).chunk(6, dim=-1)[3:]
-        reference_triple = adapted.unsqueeze(1).chunk(6, dim=-1)[:3]
-        triples = (text_triple, reference_triple, video_triple)
+        temb = F.silu(temb)
+        adapted = self.linear(temb)
+        base = adapted if self.norm_lora == "all" else without_lora(self.linear, temb)
+        six = lambda y: y.unsqueeze(1).chunk(6, dim=-1)  # shift, scale and gate of the video, then of the text: [B, 1, dim] each
+        triples = six(base)[3:], six(adapted)[:3], six(base)[:3]  # text, reference, video
         x = self.norm(x)
         parts, gates = split(x, lengths), [gate for _, _, gate in triples]
-        if in_place():
+        if may_overwrite():
             for part, (shift, scale, _) in zip(parts, triples):
                 torch.addcmul(shift, part, 1 + scale, out=part)
             return x, gates
@@ -178,25 +179,27 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(config.dim, config.dim)])
         self.attend = attention  # distributed.py puts another in its place when a sequence is split among ranks
 
-    def forward(self, x: Tensor, turn: Tensor | None, blocks, keep: Tensor | None, lora: slice | None) -> Tensor:
-        """x [B, L, dim]; turn [.., tokens, d]: rotary positions of the last tokens of the sequence."""
+    def forward(self, x: Tensor, rotary: Tensor | None, segments, key_mask: Tensor | None, lora: slice | None) -> Tensor:
+        """x [B, L, dim]; rotary [.., tokens, d]: rotary positions of the last tokens of the sequence."""
         q, k, v = (on_tokens(to, x, lora).unflatten(-1, (self.heads, -1))  # [B, L, heads, d]
                    for to in (self.to_q, self.to_k, self.to_v))
         q, k = self.norm_q(q), self.norm_k(k)
-        if turn is not None:
-            q, k = (self.rotate(y, x.shape[1] - turn.shape[-2], turn.unsqueeze(-2)) for y in (q, k))
+        if rotary is not None:
+            q, k = (self.rotate(y, x.shape[1] - rotary.shape[-2], rotary.unsqueeze(-2)) for y in (q, k))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, heads, L, d]
-        return on_tokens(self.to_out[0], self.attend(q, k, v, blocks, keep).transpose(1, 2).flatten(2), lora)
+        return on_tokens(self.to_out[0], self.attend(q, k, v, segments, key_mask).transpose(1, 2).flatten(2), lora)
 
-    def rotate(self, y: Tensor, still: int, turn: Tensor) -> Tensor:
+    def rotate(self, y: Tensor, still: int, rotary: Tensor) -> Tensor:
         """y [B, L, heads, d] with all tokens turned but the first `still`."""
-        if in_place():
-            apply_rotary_(y[:, still:], turn)
+        if may_overwrite():
+            apply_rotary_(y[:, still:], rotary)
             return y
-        return torch.cat([y[:, :still], apply_rotary(y[:, still:], turn)], dim=1)
+        return torch.cat([y[:, :still], apply_rotary(y[:, still:], rotary)], dim=1)
 
 
 class GELU(nn.Module):
+    """The linear alone, under the name of the official weights, ff.net.0.proj: FeedForward applies the function."""
+
     def __init__(self, dim: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(dim, inner)
@@ -210,10 +213,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, lora: slice | None) -> Tensor:
         inner = on_tokens(self.net[0].proj, x, lora)
-        if lora is None and isinstance(self.net[2], LoRALinear) and torch.is_grad_enabled():  # which then need not be kept
-            return self.net[2](inner, gelu=True)
+        if lora is None and isinstance(self.net[2], LoRALinear) and torch.is_grad_enabled():
+            return self.net[2](inner, gelu=True)  # computes it once more in the backward pass, so that it need not be kept
         # The largest tensor of all: fresh memory for it would take longer than the function itself.
-        inner = (torch.ops.aten.gelu_ if in_place() else F.gelu)(inner, approximate="tanh")
+        inner = (torch.ops.aten.gelu_ if may_overwrite() else F.gelu)(inner, approximate="tanh")
         return on_tokens(self.net[2], inner, lora)
 
 
@@ -225,16 +228,16 @@ class Block(nn.Module):
         self.norm2 = AdaLayerNormZero(config)
         self.ff = FeedForward(config)
 
-    def forward(self, x: Tensor, lengths: Lengths, emb: Tensor, turn: Tensor | None, blocks, keep: Tensor | None,
+    def forward(self, x: Tensor, lengths: Lengths, temb: Tensor, rotary: Tensor | None, segments, key_mask: Tensor | None,
                 lora: slice | None) -> Tensor:
         """x [B, L, dim] -> the same, updated; where no gradient is asked for, in place.
 
-        turn: see Attention. blocks: of attention.selective_blocks(). keep: [B, L] bool, which tokens may be attended to; None
+        rotary: see Attention. segments: of attention.selective_segments(). key_mask: [B, L] bool, which tokens may be attended to; None
         is all. lora: the tokens on which adapted attention and feed-forward layers act; None is all.
         """
-        normed, gates = self.norm1(x, lengths, emb)
-        x = add_gated(x, self.attn1(normed, turn, blocks, keep, lora), gates, lengths)
-        normed, gates = self.norm2(x, lengths, emb)
+        normed, gates = self.norm1(x, lengths, temb)
+        x = add_gated(x, self.attn1(normed, rotary, segments, key_mask, lora), gates, lengths)
+        normed, gates = self.norm2(x, lengths, temb)
         return add_gated(x, self.ff(normed, lora), gates, lengths)
 
 
@@ -242,13 +245,13 @@ def split(x: Tensor, lengths: Lengths) -> list[Tensor]:
     """The text's, the reference's and the video's part of x, the reference's copied: Switch learns its shifts, scales and gates, so the
     backward pass keeps what they are applied to, and a mere view would keep all of x."""
     text, reference, video = x.split(lengths, dim=1)
-    return [text, reference if in_place() else reference.clone(), video]
+    return [text, reference if may_overwrite() else reference.clone(), video]
 
 
 def add_gated(x: Tensor, update: Tensor, gates: list[Tensor], lengths: Lengths) -> Tensor:
     """x + gate * update, each part of the sequence with its own gate."""
     parts = list(zip(x.split(lengths, dim=1), gates, split(update, lengths)))
-    if in_place():
+    if may_overwrite():
         for part, gate, more in parts:
             part.addcmul_(gate, more)
         return x
@@ -263,8 +266,8 @@ class NormOut(nn.Module):
         self.linear = nn.Linear(config.time_embed_dim, 2 * config.dim)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        shift, scale = self.linear(F.silu(emb)).unsqueeze(1).chunk(2, dim=-1)
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        shift, scale = self.linear(F.silu(temb)).unsqueeze(1).chunk(2, dim=-1)
         return torch.addcmul(shift, self.norm(x), 1 + scale)
 
 
@@ -303,9 +306,9 @@ class Transformer(nn.Module):
         """
         config = self.config
         B, T, _, H, W = x.shape
-        emb = self.time_embedding(t)
+        temb = self.time_embedding(t)
         if config.ofs_embed_dim:
-            emb = emb + self.ofs_embedding(torch.full((1,), 2.0, device=x.device))  # 2: the only value 1.5-I2V was given
+            temb = temb + self.ofs_embedding(torch.full((1,), 2.0, device=x.device))  # 1.5-I2V was trained with 2 alone
 
         only_reference = self.lora_tokens == "reference"
         text = on_tokens(self.patch_embed.text_proj, text, slice(0, 0) if only_reference else None)
@@ -315,32 +318,32 @@ class Transformer(nn.Module):
             video = video + positions
         reference = video[:, :0] if reference is None else self.patch_embed.patches(reference[:, None])
 
-        blocks, images = None, 0
+        segments = None
         if config.sugar:
             image = torch.cat([self.image_tokens(dino, keep_dino, self.dino_proj, self.null_dino, config.dino_tokens, B),
                                self.image_tokens(clip, keep_clip, self.clip_proj, self.null_clip, config.clip_tokens, B)],
                               dim=1)
-            images, first = image.shape[1], math.prod(patch_grid(config, config.patch_t, H, W))
-            blocks = selective_blocks(config.design, (images, text.shape[1], first, video.shape[1] - first))
+            first = math.prod(patch_grid(config, config.patch_t, H, W))
+            segments = selective_segments(config.design, (image.shape[1], text.shape[1], first, video.shape[1] - first))
             text = torch.cat([image, text], dim=1)
 
-        turn = None
+        rotary = None
         if config.use_rotary_positional_embeddings:
-            turn = self.rotary(T, H, W, reference.shape[1] > 0, x.device)
-        keep = None
+            rotary = self.rotary(T, H, W, reference.shape[1] > 0, x.device)
+        key_mask = None
         if keep_reference is not None:  # a token that nobody may attend to is as good as gone
-            if turn is not None:  # and where all are gone, the video is frames 0..T-1, as in the base
+            if rotary is not None:  # and where all are gone, the video is frames 0..T-1, as in the base
                 alone = self.rotary(T, H, W, False, x.device)
                 alone = torch.cat([alone[:1].expand(reference.shape[1], -1), alone])
-                turn = torch.where(keep_reference.any(dim=1)[:, None, None], turn, alone)  # [B, tokens, d]
+                rotary = torch.where(keep_reference.any(dim=1)[:, None, None], rotary, alone)  # [B, tokens, d]
             before, after = (torch.ones(B, part.shape[1], dtype=torch.bool, device=x.device) for part in (text, video))
-            keep = torch.cat([before, keep_reference, after], dim=1)
+            key_mask = torch.cat([before, keep_reference, after], dim=1)
         lora = slice(text.shape[1], text.shape[1] + reference.shape[1]) if only_reference else None
         lengths, sequence = (text.shape[1], reference.shape[1], video.shape[1]), torch.cat([text, reference, video], dim=1)
         for block in self.transformer_blocks:
-            sequence = block(sequence, lengths, emb, turn, blocks, keep, lora)
+            sequence = block(sequence, lengths, temb, rotary, segments, key_mask, lora)
         video = sequence[:, -lengths[2] :]
-        return self.unpatchify(self.proj_out(self.norm_out(self.norm_final(video), emb)), T, H, W)
+        return self.unpatchify(self.proj_out(self.norm_out(self.norm_final(video), temb)), T, H, W)
 
     def image_tokens(self, features: Tensor | None, keep: Tensor | None, proj: nn.Linear, null: Tensor, count: int,
                      batch: int) -> Tensor:
@@ -363,12 +366,6 @@ class Transformer(nn.Module):
         config, p = self.config, self.config.patch_size
         x = x.unflatten(1, patch_grid(config, T, H, W)).unflatten(-1, (config.out_channels, config.patch_t, p, p))
         return x.permute(0, 1, 5, 4, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(1, 2)
-
-    def use_adapter(self, file: Path) -> Adapter:
-        """Loads a Switch adapter and sets which tokens pass which of its layers."""
-        adapter = load_adapter(self, file)
-        self.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
-        return adapter
 
     def merge_adapter(self) -> None:
         """Folds the adapter into the layers that it acts on for all tokens, which then cost what they cost without it. The others, such
@@ -407,7 +404,7 @@ def sincos_3d(frames: int, height: int, width: int, dim: int, spatial_scale: flo
     for length, part, scale in ((frames, dim // 4, temporal_scale), (width, dim // 8 * 3, spatial_scale),
                                 (height, dim // 8 * 3, spatial_scale)):
         frequency = 1.0 / 10000 ** (torch.arange(part // 2, dtype=torch.float64) / (part // 2))
-        angle = torch.outer(torch.arange(length) / scale, frequency.double())
+        angle = torch.outer(torch.arange(length) / scale, frequency)
         axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))
     t, w, h = axes
     grid = (frames, height, width)
@@ -443,6 +440,13 @@ def load_transformer(folder: Path, device="cpu", dtype=torch.float32, **sugar) -
     if new:
         init_sugar(model, device, dtype)
     return model
+
+
+def use_adapter(model: Transformer, file: Path) -> Adapter:
+    """Loads a Switch adapter and sets which tokens pass which of its layers."""
+    adapter = load_adapter(model, file)
+    model.set_lora_tokens(adapter.norm_lora, adapter.lora_tokens)
+    return adapter
 
 
 @torch.no_grad()

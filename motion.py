@@ -158,7 +158,7 @@ def motion(args: argparse.Namespace) -> None:
 
         def features(videos):
             """[N, 2D]: of single frames alone, the order would not count."""
-            of = [likeness.features([Image.fromarray(frame) for frame in video]).cpu() for video in videos]
+            of = [likeness.dino_features([Image.fromarray(frame) for frame in video]) for video in videos]
             return torch.cat([torch.cat([each[:-1], each[1:]], dim=1) for each in of])
     rows = {}
     for name in CLASSES:

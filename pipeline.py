@@ -24,9 +24,9 @@ from diffusion import Predictor, alpha_bar_schedule, denoise, sugar_guidance, te
 from distributed import compile_blocks
 from encoders import ImageEncoder, TextEncoder, add_cls, check_text_encoder
 from lora import Adapter, check_adapter, find_adapter, read_adapter
-from model import Config, Transformer, load_transformer, read_config
+from model import Config, Transformer, load_transformer, read_config, use_adapter
 from streaming import blocks_of, streamed
-from vae import VAE, load_vae
+from vae import VAE, latent_size, load_vae
 from vae import read_config as read_vae_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -79,23 +79,25 @@ class Conditions:
     dino: Tensor | None = None  # [1, N, D] (SUGAR)
     clip: Tensor | None = None
     first: Tensor | None = None  # [1, 16, H/8, W/8] (image to video)
-    in_turn: bool | None = None  # whether the branches of guidance go one after the other; None: always in one batch
+    in_turn: bool = False  # the branches of guidance go one after the other
+    may_fall_back: bool = False  # and they do so from when memory runs out for all of them in one batch
 
 
 @lru_cache(maxsize=8)
-def named(letter: str, *sets: str, device: str) -> Tensor:
+def mentions(letter: str, *sets: str, device: str) -> Tensor:
     """Which sets of conditions name the letter, [sets] bool. Made once, as the device would stop for it at every step."""
     return torch.tensor([letter in conditions for conditions in sets], device=device)
 
 
-def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predictor:
-    """The `eps` of diffusion.py's guidance: all the sets of conditions it asks for, predicted in one batch, or
-    one after the other: from the start where given.in_turn is True, and from when memory runs out where it is False."""
+def predictor(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predictor:
+    """The `eps` of diffusion.py's guidance: all the sets of conditions that it asks for, predicted in one batch or, see Conditions, one
+    after the other."""
 
     def eps(*sets: str) -> list[Tensor]:
         distinct = list(dict.fromkeys(sets))
+        assert len({"R" in conditions for conditions in distinct}) == 1, "the reference is in all sets or in none"
         n, like = len(distinct), given.text
-        keep_dino, keep_clip = (named(letter, *distinct, device=str(x.device)) for letter in "DC")
+        keep_dino, keep_clip = (mentions(letter, *distinct, device=str(x.device)) for letter in "DC")
         repeat = lambda y: None if y is None else y.expand(n, *y.shape[1:])
         x_in = x.to(like)
         if given.first is not None:  # beside the first latent frame (1.5: the one that pads), zeros beside the others
@@ -110,7 +112,7 @@ def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predic
             try:
                 v = model(*inputs, **more)
             except torch.OutOfMemoryError:
-                if n == 1 or given.in_turn is None:
+                if n == 1 or not given.may_fall_back:
                     raise
                 given.in_turn = True
         if given.in_turn:
@@ -123,12 +125,12 @@ def branches(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predic
 
 @torch.no_grad()
 def sample_latents(model: Transformer, given: Conditions, alpha_bar: Tensor, settings: Settings, x: Tensor,
-                   noise: Callable[[], Tensor], progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
+                   noise: Callable[[], Tensor] | None = None, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
     """Clean latents [1, T, 16, H/8, W/8] from noise x of that shape. Where the model has a temporal patch of 2, the caller's
     x has a frame of padding in front (see padding()), and so has the result."""
 
     def predict(x: Tensor, t: int) -> Tensor:
-        eps = branches(model, x, t, given)
+        eps = predictor(model, x, t, given)
         if model.config.sugar and given.dino is not None:
             return sugar_guidance(eps, t, settings.omega_image, settings.omega_text, settings.equation, settings.t_bar,
                                   settings.drop)
@@ -162,15 +164,12 @@ class Sampler:
             transformer, vae = Transformer(self.config), VAE(self.vae_config)
         checkpoint.check(transformer, checkpoint.need(self.folder, "transformer"))
         checkpoint.check(vae, checkpoint.need(self.folder, "vae"))
-        if self.config.sugar:
-            if self.config.image_to_video:
-                raise BadInput(f"{model} is a SUGAR model on an image-to-video base, and SUGAR cannot stand on one: it needs "
-                               f"a text-to-video base (2b, 5b, 1.5-5B or the toy).")
+        if self.config.sugar and self.config.image_to_video:
+            raise BadInput(f"{model} is a SUGAR model on an image-to-video base, and SUGAR cannot stand on one: it needs a text-to-video "
+                           f"base (2b, 5b or the toy).")
         self.adapter_file, self.adapter = None, Adapter(cls="none")
         if adapter is not None:
-            if self.config.sugar or not switch_stands_on(self.config):
-                raise BadInput(f"A Switch adapter cannot stand on {model}: it needs a text-to-video base with rotary "
-                               f"positions and a temporal patch of 1, that is CogVideoX-5b or the toy.")
+            check_switch_base(self.config, model)
             self.adapter_file = find_adapter(adapter)
             self.adapter = read_adapter(self.adapter_file)
             check_adapter(transformer, self.adapter_file)
@@ -202,7 +201,7 @@ class Sampler:
                         width=1360 if new else config.sample_width * 8, fps=16 if new else 8, scheduler=schedulers[name],
                         **read_scales(self.scheduler))
 
-    def branches(self, settings: Settings, with_image: bool) -> int:
+    def branch_count(self, settings: Settings, with_image: bool) -> int:
         """How many predictions guidance asks for at each step, all conditions being given: see sugar_guidance, text_guidance."""
         if self.kind == "sugar" and with_image:
             return 3
@@ -221,9 +220,9 @@ class Sampler:
             yield network.to(self.device)
         finally:
             if not stay:
-                self.leave(network, again)
+                self.unload(network, again)
 
-    def leave(self, network: torch.nn.Module, again: bool = True) -> None:
+    def unload(self, network: torch.nn.Module, again: bool = True) -> None:
         network.to("cpu" if again else "meta")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -275,7 +274,7 @@ class Sampler:
                     return use(vae)
             except torch.OutOfMemoryError:
                 self.crowded = True
-            self.leave(beside)
+            self.unload(beside)
         with self.on_device(vae):
             try:
                 return use(vae)
@@ -304,22 +303,22 @@ class Sampler:
         vae.tiled = settings.tile or self.tiled
         transformer = load_transformer(checkpoint.need(self.folder, "transformer"), "cpu", self.dtype).eval()
         if self.adapter_file is not None:
-            transformer.use_adapter(self.adapter_file)
+            use_adapter(transformer, self.adapter_file)
             transformer.merge_adapter()
         transformer.requires_grad_(False)
         if self.compiled:
             compile_blocks(list(transformer.transformer_blocks))
         if self.split is not None:
             self.split(transformer)
-        T, h, w = (settings.frames - 1) // 4 + 1, settings.height // 8, settings.width // 8
+        T, h, w = latent_size(settings.frames, settings.height, settings.width)
         pad, channels = padding(transformer, T), self.config.out_channels
         to = lambda y: y.to(self.device, self.dtype)
         for number, request in enumerate(requests, 1):
             draw = noise_source(request.seed)
             x = draw(1, T + pad, channels, h, w).to(self.device)
             given = Conditions(to(texts[self.prompt(request)]), to(texts[request.negative_prompt]))
-            # Ranks that share a forward pass must all do the same, so they do not wait for memory to run out.
-            given.in_turn = self.in_turn if self.split is None else self.in_turn or None
+            # Ranks that share a forward pass must all do the same: none may fall back by itself.
+            given.in_turn, given.may_fall_back = self.in_turn, self.split is None
             if id(request) in identity:
                 given.dino, given.clip = map(to, identity[id(request)])
             if request.reference is not None and self.kind in ("switch", "i2v"):
@@ -334,7 +333,7 @@ class Sampler:
             with self.on_device(transformer, again=not last, stay=not (last or self.crowded)):
                 latents = sample_latents(transformer, given, self.alpha_bar, settings, x,
                                          lambda: draw(*x.shape).to(self.device), progress)
-            self.in_turn = bool(given.in_turn)
+            self.in_turn = given.in_turn
             if self.split is not None and rank > 0:  # the first rank decodes what all have sampled
                 continue
             latents = vae.config.unscale(to(latents[:, pad:].transpose(1, 2)))
@@ -368,7 +367,9 @@ def read_scales(schedule: dict) -> dict[str, float]:
     return scales
 
 
-def switch_stands_on(config: Config) -> bool:
-    """Whether a base has what Switch needs: rotary positions, and a temporal patch of 1."""
-    return (config.use_rotary_positional_embeddings and not config.use_learned_positional_embeddings
-            and config.patch_t == 1 and not config.image_to_video)
+def check_switch_base(config: Config, name: str) -> None:
+    """Raises where a base lacks what Switch needs."""
+    rotary = config.use_rotary_positional_embeddings and not config.use_learned_positional_embeddings
+    if config.sugar or config.image_to_video or config.patch_t != 1 or not rotary:
+        raise BadInput(f"Switch cannot stand on {name}: it needs a text-to-video base with rotary positions and a temporal patch of 1, "
+                       f"that is CogVideoX-5b or the toy.")

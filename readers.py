@@ -4,7 +4,7 @@
     Videos          captioned videos (Switch 3.4, SUGAR 3.2)                 a manifest, or name.mp4 beside name.txt
     SubjectVideos   the same, with the subject cut out of a random frame     Videos and Grounded SAM
     Triplets        (video, text, subject image) (SUGAR 3.1)                 triplets.jsonl of synthesize.py
-    DreamBench      photographs of 30 subjects and prompts                   dataset/<subject>/NN.jpg
+    dreambench      photographs of 30 subjects, for evaluate.py              dataset/<subject>/NN.jpg
 
 A file that is broken raises Broken with the reason, one that does not fit what was asked Unfit: data.py skips it and says so.
 What is wrong with a dataset as a whole is a BadInput, raised before anything is read.
@@ -26,6 +26,7 @@ from PIL import Image
 
 import checkpoint
 import media
+import world
 from cache import Cache, encoder_weights
 from checkpoint import BadInput, replace_when_whole
 from data import Broken, Encoder, Example, OneFrame, Stream, Tolerant, Toy, Unfit
@@ -65,15 +66,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def clip_of(args: argparse.Namespace, config: Config) -> Clip:
-    """The clips that are asked for; what is not said is what the model was made for (1.5: 768x1360 at 16 fps)."""
+    """The clips that are asked for; what is not said is the model's size, at 8 fps. (No trainer stands on 1.5, made for another.)"""
     for name in ("frames", "height", "width", "fps"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise BadInput(f"--{name} {getattr(args, name)}: choose more than 0.")
     if not 0 < args.share <= 1 or not 0 <= args.broken <= 1:
         raise BadInput(f"--share {args.share} and --broken {args.broken} are shares: choose from 0 to 1.")
-    new = config.patch_t == 2
-    clip = Clip(args.frames or config.sample_frames, args.height or (768 if new else config.sample_height * 8),
-                args.width or (1360 if new else config.sample_width * 8), args.fps or (16 if new else 8), args.short, args.small)
+    clip = Clip(args.frames or config.sample_frames, args.height or config.sample_height * 8, args.width or config.sample_width * 8,
+                args.fps or 8, args.short, args.small)
     media.check_clip(clip.frames, clip.height, clip.width)
     return clip
 
@@ -88,10 +88,13 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     if count is not None and count < 1:
         raise BadInput(f"{count} examples of {stream} were asked for: choose 1 or more.")
     if source is None:
-        for name in ("frames", "height", "width", "fps"):
-            if getattr(args, name) is not None:
+        for name, default in (("frames", None), ("height", None), ("width", None), ("fps", None), ("share", 1.0)):
+            if getattr(args, name) != default:
                 raise BadInput(f"--{name} {getattr(args, name)} is for data of your own, and no {stream} are given: the toy's have 9 "
                                f"frames of 64x64.")
+        if (clip.frames, clip.height, clip.width) != (world.FRAMES, world.SIZE, world.SIZE):
+            raise BadInput(f"No {stream} are given, and the toy's world, of {world.FRAMES} frames of {world.SIZE}x{world.SIZE}, is not for this "
+                           f"base, which was made for {clip.frames} of {clip.height}x{clip.width}: name data of your own.")
         return Toy(stream, args.seed), count or toy_count
     path = Path(source)
     if not path.exists():
@@ -120,6 +123,11 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     return (dataset if isinstance(dataset, Cache) else Tolerant(dataset, length, out / "skipped.jsonl", args.broken)), length
 
 
+def toy_sized(config: Config) -> bool:
+    """Whether a base was made for the toy world's clips."""
+    return (config.sample_frames, 8 * config.sample_height, 8 * config.sample_width) == (world.FRAMES, world.SIZE, world.SIZE)
+
+
 def of_the_toy(dataset) -> bool:
     """Whether it is the toy's world or made from it by synthesize.py, or a cache of either."""
     match dataset:
@@ -133,8 +141,8 @@ def of_the_toy(dataset) -> bool:
 
 
 def check_sources(streams: dict[str, Stream]) -> None:
-    """streams: by the flags that name their data. Raises where one's own would be mixed with drawn creatures, be it that a flag was
-    forgotten."""
+    """Raises where data of one's own would be mixed with the toy's, as when a flag was forgotten. streams: by the flags that name their
+    data."""
     toys = [flag for flag, stream in streams.items() if of_the_toy(stream.dataset)]
     own = [flag for flag in streams if flag not in toys]
     if toys and own:
@@ -145,9 +153,10 @@ def check_sources(streams: dict[str, Stream]) -> None:
 def what_is_trained_on(streams: dict[str, Stream], encoder: Encoder) -> dict:
     """For a run's settings: how many examples there are, on which their order depends, and by which networks they are encoded (a cache
     has seen to that)."""
-    cached = all(isinstance(stream.dataset, Cache) for stream in streams.values())
+    caches = {name: stream.dataset for name, stream in streams.items() if isinstance(stream.dataset, Cache)}
     return {f"examples of {name}": stream.length for name, stream in streams.items()} | {
-        "encoders": None if cached else encoder_weights(encoder)}
+        f"cache of {name}": cache.digest() for name, cache in caches.items()} | {
+        "encoders": None if len(caches) == len(streams) else encoder_weights(encoder)}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -373,37 +382,23 @@ class Photograph(NamedTuple):
     file: Path
 
 
-class DreamBench:
-    """DreamBooth's 30 subjects: dataset/<subject>/NN.jpg and prompts_and_classes.txt. An example for each photograph."""
-
-    def __init__(self, folder: Path, side: int = 480):
-        folder = folder / "dataset" if (folder / "dataset").is_dir() else folder
-        listing = folder / "prompts_and_classes.txt"
-        if not listing.is_file():
-            raise BadInput(f"{folder} has no prompts_and_classes.txt: is it DreamBench's dataset folder?")
-        self.side, self.photographs = side, []
-        kinds = {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}
-        for subject, noun in re.findall(r"^(\w+),([\w ]+)$", listing.read_text(encoding="utf-8"), flags=re.MULTILINE):
-            if subject == "subject_name":
-                continue
-            if noun not in kinds:
-                raise BadInput(f"{listing} has a class {noun!r}, which is none of SUGAR's animals, active and static objects.")
-            files = sorted(file for file in (folder / subject).glob("*")
-                           if file.suffix.lower() in (".jpg", ".jpeg", ".png") and file.name[0] != ".")
-            if not files:
-                raise BadInput(f"{folder / subject} has no photographs, though {listing.name} lists the subject.")
-            self.photographs += [Photograph(subject, noun, kinds[noun], file) for file in files]
-        if not self.photographs:
-            raise BadInput(f"{folder} has none of the subjects that its prompts_and_classes.txt lists.")
-
-    def __len__(self) -> int:
-        return len(self.photographs)
-
-    def __getitem__(self, i: int) -> Example:
-        photograph = self.photographs[i]
-        try:
-            image = media.open_image(photograph.file)
-        except BadInput as error:
-            raise Broken(str(error)) from error
-        video = fitted(image, self.side, self.side, "enlarge")[None]
-        return Example(video, f"a {photograph.noun}", image, photograph.noun)
+def dreambench(folder: Path) -> list[Photograph]:
+    """DreamBooth's 30 subjects: dataset/<subject>/NN.jpg and prompts_and_classes.txt."""
+    folder = folder / "dataset" if (folder / "dataset").is_dir() else folder
+    listing = folder / "prompts_and_classes.txt"
+    if not listing.is_file():
+        raise BadInput(f"{folder} has no prompts_and_classes.txt: is it DreamBench's dataset folder?")
+    photographs, kinds = [], {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}
+    for subject, noun in re.findall(r"^(\w+),([\w ]+)$", listing.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        if subject == "subject_name":
+            continue
+        if noun not in kinds:
+            raise BadInput(f"{listing} has a class {noun!r}, which is none of SUGAR's animals, active and static objects.")
+        files = sorted(file for file in (folder / subject).glob("*")
+                       if file.suffix.lower() in (".jpg", ".jpeg", ".png") and file.name[0] != ".")
+        if not files:
+            raise BadInput(f"{folder / subject} has no photographs, though {listing.name} lists the subject.")
+        photographs += [Photograph(subject, noun, kinds[noun], file) for file in files]
+    if not photographs:
+        raise BadInput(f"{folder} has none of the subjects that its prompts_and_classes.txt lists.")
+    return photographs

@@ -34,7 +34,8 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict, ranks
     part = folder / f".{final.name}-part"
 
     def begin() -> None:
-        shutil.rmtree(part, ignore_errors=True)
+        for killed in folder.glob(".step-*-part"):
+            shutil.rmtree(killed, ignore_errors=True)
         part.mkdir(parents=True)
 
     def write() -> None:
@@ -50,7 +51,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict, ranks
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         there = sorted(folder.glob("step-*"))
-        now = there.index(final) + 1  # what is later was broken, or this run had not begun before it
+        now = there.index(final) + 1  # later ones are broken, or left by an earlier run
         for old in there[: max(now - keep, 0)] + there[now:]:
             shutil.rmtree(old, ignore_errors=True)
 

@@ -31,7 +31,7 @@ from media import save_image
 from pipeline import read_scales, read_schedule
 from resume import last_checkpoint
 from scorers import TITLES
-from training import settings_of
+from training import set_defaults, settings_of
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -68,6 +68,7 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     """The trainer's arguments, and what its weights depend on but the seed."""
     trainer, device = {"switch": train_switch, "sugar": train_sugar}[method], ["--device", args.device] if args.device else []
     options = trainer.parse(["--model", str(args.model), "--seed", str(seed), "--validate-count", "0", *device, *flags.split()])
+    set_defaults(options, trainer.DEFAULTS, toy=True)
     if method == "sugar" and options.strategy == "mix":
         options.steps *= 2
     weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in evaluate.MADE_BY))
@@ -187,7 +188,7 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
         return f"fewer than {FEWEST} seeds"
     (_, given), (_, usual) = (parsed(ablation.method, flags, 0, args) for flags in (args.train, ""))
     if given["steps"] < usual["steps"] or args.count < 64 or args.sampling_steps < 25:
-        return f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling"
+        return f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling ({given['steps']}, {args.count}, {args.sampling_steps})"
     if given != usual | {"steps": given["steps"]}:
         return f"trained with {args.train}"
     _, low, _ = over_seeds([max(point["identity"] for point in line) for line in results[ablation.control]], 1 / args.count)

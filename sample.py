@@ -80,13 +80,11 @@ def read_settings(args: argparse.Namespace, sampler: Sampler) -> Settings:
         if getattr(args, name) is not None:
             method, instead = ("all but SUGAR", "--omega-text") if sugar else ("SUGAR models", "--guidance")
             raise BadInput(f"--{name.replace('_', '-')} is for {method}, which {args.model} is not; see {instead}.")
-    settings = sampler.defaults()
-    chosen = {name: getattr(args, name) for name in asdict(settings) if getattr(args, name, None) is not None}
-    settings = replace(settings, **chosen)
+    made_for = sampler.defaults()
+    settings = replace(made_for, **{name: getattr(args, name) for name in asdict(made_for) if getattr(args, name, None) is not None})
     media.check_clip(settings.frames, settings.height, settings.width)
-    config, made_for = sampler.config, sampler.defaults()
     size = ("frames", "height", "width")
-    if config.use_learned_positional_embeddings and any(getattr(settings, n) != getattr(made_for, n) for n in size):
+    if sampler.config.use_learned_positional_embeddings and any(getattr(settings, n) != getattr(made_for, n) for n in size):
         raise BadInput(f"{args.model} has learned positions and makes only videos of {made_for.frames} frames of "
                        f"{made_for.height}x{made_for.width}.")
     for name in ("guidance", "omega_image", "omega_text"):
@@ -108,7 +106,7 @@ def check_effects(args: argparse.Namespace, sampler: Sampler, settings: Settings
         if getattr(args, name) is not None and not pictured and name != "omega_text":
             raise BadInput(f"--{name.replace('_', '-')} has no effect without an image: give --image as well.")
     if args.drop is not None and settings.t_bar == T:
-        raise BadInput(f"--drop {args.drop} has no effect at --t-bar {T}: give the timestep, below it, from which up it is dropped.")
+        raise BadInput(f"--drop {args.drop} has no effect at --t-bar {T}: choose a smaller --t-bar, from which timestep up it is dropped.")
     for request in requests:
         scale, flag = (settings.omega_text, "--omega-text") if sugar else (settings.guidance, "--guidance")
         if request.negative_prompt and scale == 1 and not (sugar and request.image is not None):
@@ -235,19 +233,6 @@ def check_image_use(request: Request, sampler: Sampler) -> None:
                        "SUGAR.")
 
 
-def run(args: argparse.Namespace) -> None:
-    sampler, settings, requests, rank = prepare(args)
-    if requests:
-        sampler.run(requests, settings, rank)
-    if sampler is None or sampler.split is None or rank == 0:
-        for request in requests:
-            print(request.out)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return exit_status(lambda: run(parse(argv)))
-
-
 def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, list[Request], int]:
     """Everything that can be wrong, found. Returns what this process, one of several under torchrun, has to do."""
     (rank, world), device = distributed.place(), str(distributed.find_device(args.device))
@@ -268,8 +253,8 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     sampler = Sampler(args.model, args.adapter, device, args.dtype)
     sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
     settings = read_settings(args, sampler)
-    check_effects(args, sampler, settings, everything)  # of which other ranks have their part, or are there already
-    together, branches = world > 1 and args.prompts is None, sampler.branches(settings, with_image=requests[0].image is not None)
+    check_effects(args, sampler, settings, everything)  # judged by the whole list, so that all ranks agree
+    together, branches = world > 1 and args.prompts is None, sampler.branch_count(settings, with_image=requests[0].image is not None)
     if together:  # before heavy work
         groups, within = distributed.video_groups(world, branches, sampler.config.num_attention_heads)
         if rank == 0:
@@ -278,8 +263,22 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     if together:
         ranks = distributed.start(device)
         sampler.split = partial(distributed.split_video, ranks=ranks, branches=branches)
-        sampler.in_turn = groups < branches  # a batch of them would take more memory, and such a sequence keeps a device busy by itself
+        sampler.in_turn = groups < branches  # a batch would take more memory, and a split sequence is enough for a device
     return sampler, settings, requests, rank
+
+
+def run(args: argparse.Namespace) -> None:
+    sampler, settings, requests, rank = prepare(args)
+    if not requests:
+        return
+    sampler.run(requests, settings, rank)
+    if sampler.split is None or rank == 0:
+        for request in requests:
+            print(request.out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_status(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def at_8_fps(frames: np.ndarray, fps: float) -> np.ndarray:
 
 def moves(frames: np.ndarray, fps: float, magnitudes: Callable[[np.ndarray], np.ndarray]) -> float:
     """VBench's dynamic degree of one video, 1 or 0: does the fastest 5% of the pixels move by more than 6 of 256 pixels between
-    enough pairs of frames, 4 of 16? NaN for fewer than three frames, of which the formula asks no moving pair at all. magnitudes: frames
+    enough pairs of frames, 4 of 16? NaN for fewer than three frames, for which the formula would ask for no moving pair. magnitudes: frames
     [T, H, W, 3] -> [T - 1], in pixels."""
     frames = at_8_fps(frames, fps)
     if len(frames) < 3:
@@ -158,39 +158,25 @@ class Similarity:
     or the hub's where it has none."""
 
     def __init__(self, model: Path, device="cpu"):
-        folder = find(model, "clip")
-        self.device, self.tokenizer = device, load_tokenizer(folder)
-        self.side, *statistics = image_settings(folder)
-        self.mean, self.std = (torch.tensor(x).view(3, 1, 1) for x in statistics)
-        self.clip = load_network(folder, "CLIPModel", torch.float32).to(device)
-        self.dino = ImageEncoder(model, "dino")
-        self.dino.network.to(device)
+        self.clip, self.encoder = CLIP(str(find(model, "clip")), device), ImageEncoder(model, "dino")
+        self.encoder.network.to(device)
 
-    @torch.no_grad()
-    def pictures(self, pictures: list[Image.Image]) -> Tensor:
-        """CLIP's features of pictures [N, D], of length 1."""
-        pixels = torch.stack([image_to_tensor(fit(picture, self.side, self.side, "crop")) for picture in pictures])
-        pixels = (((pixels + 1) / 2 - self.mean) / self.std).to(self.device)
-        return F.normalize(self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output), dim=-1)
+    def clip_features(self, images: list[Image.Image]) -> Tensor:
+        """CLIP's unit features of pictures [N, D]."""
+        side = self.clip.side
+        return self.clip(torch.stack([(image_to_tensor(fit(image, side, side, "crop")) + 1) / 2 for image in images]))
 
-    @torch.no_grad()
-    def words(self, text: str) -> Tensor:
-        """CLIP's feature of a text [D], of length 1."""
-        length = self.clip.config.text_config.max_position_embeddings
-        ids = self.tokenizer([text], padding="max_length", truncation=True, max_length=length, return_tensors="pt").to(self.device)
-        return F.normalize(self.clip.text_projection(self.clip.text_model(**ids).pooler_output), dim=-1)[0]
-
-    def text(self, pictures: list[Image.Image], text: str) -> list[float]:
+    def text(self, images: list[Image.Image], text: str) -> list[float]:
         """CLIP's cosine of each picture and the text."""
-        return (self.pictures(pictures) @ self.words(text)).tolist()
+        return (self.clip_features(images) @ self.clip.text(text)).tolist()
 
-    def features(self, pictures: list[Image.Image]) -> Tensor:
+    def dino_features(self, images: list[Image.Image]) -> Tensor:
         """DINO's class tokens [N, D], of length 1."""
-        return F.normalize(self.dino(pictures)[:, 0], dim=-1)
+        return F.normalize(self.encoder(images)[:, 0], dim=-1).cpu()
 
     def identity(self, one: list[Image.Image], two: list[Image.Image]) -> list[float]:
         """DINO's cosine of each pair."""
-        return (self.features(one) * self.features(two)).sum(dim=-1).tolist()
+        return (self.dino_features(one) * self.dino_features(two)).sum(dim=-1).tolist()
 
 
 # --- all of them, for one video ---------------------------------------------------------------------------------------
@@ -241,9 +227,9 @@ class Scorers:
                 raise checkpoint.BadInput(f"{model} has no {part} of its own")
         likeness = Similarity(folder, self.device)
         stack = lambda frames: [Image.fromarray(frame) for frame in frames]
-        self.of |= {"subject": lambda frames: likeness.features(stack(frames)).cpu(), "text": lambda text: likeness.words(text).cpu(),
-                    "background": lambda frames: likeness.pictures(stack(frames)).cpu(),
-                    "dino": lambda images: likeness.features(images).cpu(), "clip": lambda images: likeness.pictures(images).cpu()}
+        self.of |= {"subject": lambda frames: likeness.dino_features(stack(frames)), "dino": likeness.dino_features,
+                    "background": lambda frames: likeness.clip_features(stack(frames)), "clip": likeness.clip_features,
+                    "text": likeness.clip.text}
 
     def use_dino(self, part: str, name: str) -> None:
         dino = DINO(name, self.device)

@@ -98,8 +98,8 @@ def streamed(network: nn.Module, blocks: list[nn.Module], device: torch.device) 
 
 
 def pin(memory: Tensor) -> None:
-    """Copies that run beside something else need memory that the system cannot move: it may not, for as long as the tensor is there.
-    pin_memory() would copy it, and round its size up to 2^n."""
+    """Page-locks `memory` where it is, for as long as the tensor lives, so that copies run beside computation. pin_memory() would copy
+    it, and round its size up to 2^n."""
     cudart, address = torch.cuda.cudart(), memory.data_ptr()
     try:
         torch.cuda.check_error(cudart.cudaHostRegister(address, memory.nbytes, 0))

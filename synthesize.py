@@ -347,7 +347,7 @@ def filter_videos(run: Run, args: argparse.Namespace) -> None:
         networks = Similarity(checkpoint.resolve(args.model), run.ranks.device)
         for sample in todo:
             frames = media.read_video(run.out / sample["video"])
-            features = networks.features([Image.fromarray(frame) for frame in frames])
+            features = networks.dino_features([Image.fromarray(frame) for frame in frames])
             rng = np.random.default_rng(seed_of(args.seed, sample["id"]))
             one, two = rng.permuted(np.tile(np.arange(len(frames)), (len(frames), 1)), axis=1)[:, :2].T  # distinct pairs
             cosine = lambda a, b: float((features[a] * features[b]).sum(dim=-1).mean())

@@ -31,7 +31,7 @@ from model import load_transformer, save_tensors
 from toy_networks import (IDENTITY, SCHEDULE, SIDE, TOKENS, VAE_STAGES, CLIPTask, DINOTask, TextTask, VAETask, clip_tokenizer,
                           new_transformer, save_half, start_from_base, write_frame, write_tokenizer, write_variant)
 from training import Options, generator, train
-from vae import load_vae, save_vae
+from vae import latent_size, load_vae, save_vae
 
 
 # Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.
@@ -176,8 +176,7 @@ class Builder:
                 videos.append(drawn["video"])
                 masks.append(drawn["masks"])
             video = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3).to(device).float() / 127.5 - 1
-            T = (video.shape[2] - 1) // 4 + 1
-            noise = torch.randn(len(videos), 16, T, 8, 8, generator=generator(self.seed, stream, positions[0]))
+            noise = torch.randn(len(videos), 16, *latent_size(*video.shape[2:]), generator=generator(self.seed, stream, positions[0]))
             return model(video, torch.from_numpy(np.stack(masks))[:, None].to(device).float(), noise.to(device))
 
         weights = self.fit(stage, model, [], steps, lr, plan, loss_of, torch.bfloat16)
@@ -310,12 +309,13 @@ def build(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["build", "score"])
-    parser.add_argument("--out", type=Path, help="the checkpoint (default: build runs/toy/checkpoint, score checkpoints/toy)")
+    parser.add_argument("--out", type=Path, help="the checkpoint that build writes and score reads (default: runs/toy/checkpoint; checkpoints/toy)")
     parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="build: checkpoints of the stages (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="build: these alone (default: all)")
     parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small "
                         "number tries it out, with a --work and --out of its own")
     parser.add_argument("--count", type=int, default=64, help="score: subjects and texts (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="score: another one takes other subjects (default: %(default)s)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs/toy/checkpoint" if args.command == "build" else "checkpoints/toy")
@@ -329,7 +329,7 @@ def score(args: argparse.Namespace) -> None:
                "sugar": ["--looks", "--", "--model", args.out / "sugar"]}
     for method, more in folders.items():
         shutil.rmtree(args.work / "score" / method, ignore_errors=True)  # the checkpoint may be another by now
-        command = ["generate", "--out", args.work / "score" / method, "--count", args.count, *more, "--steps", 25]
+        command = ["generate", "--out", args.work / "score" / method, "--count", args.count, "--seed", args.seed, *more, "--steps", 25]
         evaluate.generate(evaluate.parse([*map(str, command), *(["--device", args.device] if args.device else [])]))
     evaluate.score(evaluate.parse(["score", *(str(args.work / "score" / method) for method in folders), "--own", str(args.out)]))
 

@@ -23,13 +23,18 @@ from cache import Cache
 from checkpoint import BadInput, exit_status
 from data import Encoder, OneFrame, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
+from encoders import image_tokens
 from model import Block, Config, Transformer, load_transformer, read_config, save_tensors, save_transformer
 from pipeline import read_schedule
-from readers import add_arguments, check_sources, clip_of, open_data, what_is_trained_on
-from training import (DTYPES, Options, add_common, check_parallel, check_range, check_settings, drop_earlier, generator, options_of,
-                      print_plan, settings_of, train)
-from vae import VAEConfig
+from plan import print_plan
+from readers import add_arguments, check_sources, clip_of, open_data, toy_sized, what_is_trained_on
+from training import (DTYPES, Options, add_common, check_parallel, check_range, check_settings, claim, default_of, drop_earlier, generator,
+                      options_of, set_defaults, settings_of, train)
+from vae import VAEConfig, latent_size
 from validation import Subjects, Validation, held_out_subjects
+
+
+DEFAULTS = {"steps": (10000, 1800), "lr": (1e-5, 2e-3), "batch": (64, 16), "micro_batch": (1, 16)}  # our guess, and the toy's
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                    "%(default)s)")
     p.add_argument("--design", choices=list(DESIGNS), help="attention, Figure 4 (default: that of the model if it is SUGAR's, else b)")
     p.add_argument("--synthetic", choices=["video", "image"], default="video", help="image is Figure 7's TSF-Image")
-    p.add_argument("--batch", type=int, default=16, help="64 for official weights, our guess (default: %(default)s)")
+    p.add_argument("--batch", type=int, help=default_of("batch", DEFAULTS))
     p.add_argument("--real-data", metavar="PATH", help="real videos: a manifest, a folder or a cache (default: the toy's world)")
     p.add_argument("--data", metavar="PATH", help="synthetic ones: synthesize.py's triplets or a cache (default: the toy's world)")
     p.add_argument("--real", type=int, help="real videos to train on (default: all; of the toy's 1,600)")
@@ -51,7 +56,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
         p.add_argument(f"--drop-{name}", type=float, default=probability,
                        help=f"probability that {name} is null, for guidance (default: %(default)s)")
-    Options.add_to(p, out=Path("runs/sugar"), steps=1800, lr=2e-3, warmup=50, micro_batch=16, validate_count=8)
+    Options.add_to(p, DEFAULTS, out=Path("runs/sugar"), warmup=50, validate_count=8)
     return p.parse_args(argv)
 
 
@@ -74,7 +79,7 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     return [Stage("real", 0.0, args.steps), Stage("mixed", args.p, args.second_steps or args.steps, frozen=args.strategy == "tsf")]
 
 
-def kinds_of(stages: list[Stage]) -> list[str]:
+def streams_of(stages: list[Stage]) -> list[str]:
     """The videos that they train on."""
     return ["real"] * any(stage.p < 1 for stage in stages) + ["synthetic"] * any(stage.p > 0 for stage in stages)
 
@@ -97,39 +102,45 @@ def freeze_first_half(model: Transformer, dtype: torch.dtype) -> None:
 
 
 def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int) -> None:
-    """The first stage, which trains the most. DINOv2-large and CLIP ViT-L/14 where the base says nothing of them."""
+    """The first stage, which trains the most. DINOv2-large and CLIP ViT-L/14, as by default, where the base has none of its own."""
+    image = {}
+    for name in ("dino", "clip"):
+        if (encoder := checkpoint.part(folder, name)) is not None:
+            image[f"{name}_tokens"], image[f"{name}_dim"] = image_tokens(encoder)
     with torch.device("meta"):
-        model = Transformer(config if config.sugar else replace(config, dino_dim=1024, clip_dim=1024, design=args.design))
+        model = Transformer(config if config.sugar else replace(config, **{"dino_dim": 1024, "clip_dim": 1024, **image}, design=args.design))
     config, block, clip = model.config, Block(config).bfloat16(), clip_of(args, config)
-    frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
+    frames, h, w = latent_size(clip.frames, clip.height, clip.width)
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
     steps = [f"{stage.steps:,}" for stage in stages_of(args)]
     print(f"{len(steps)} stage{'s' * (len(steps) > 1)}, of {' and '.join(steps)} steps; what follows is for the first")
-    sources = [{"real": args.real_data, "synthetic": args.data}[kind] for kind in kinds_of(stages_of(args))]
-    print_plan(model, block, folder, tokens, args.batch, args.steps * args.batch, sources, args, world)
+    sources = [{"real": args.real_data, "synthetic": args.data}[stream] for stream in streams_of(stages_of(args))]
+    print_plan(model, block, folder, tokens, args.batch, args.steps * args.batch, sources, len(steps), args, world)
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
+    ranks = distributed.start(args.device, args.sequence_parallel)
     check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets", "second_steps"))
-    stages = stages_of(args)
-    ranks.share(args.batch)
     folder = checkpoint.resolve(args.model)
     config = read_config(checkpoint.need(folder, "transformer"))
+    checkpoint.check_apart(args.out, folder, "--model")
+    set_defaults(args, DEFAULTS, toy_sized(config))
+    stages = stages_of(args)
+    ranks.share(args.batch)
     args.design = args.design or config.design
     if config.image_to_video:
         raise BadInput(f"SUGAR cannot stand on {args.model}, an image-to-video model: it needs a text-to-video base.")
     if config.patch_t != 1:
         raise BadInput(f"SUGAR is not trained on {args.model} here: its patches span two latent frames, and a clip of 8k+1 frames has "
                        f"an odd number. Take CogVideoX-2b or 5b.")
+    check_parallel(args, ranks, config.num_attention_heads)
     if args.plan:
         return plan_run(config, folder, args, ranks.world) if ranks.first else None
-    check_parallel(args, ranks, config.num_attention_heads)
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
     clip, streams = clip_of(args, config), {}
     for name, kind, source, count in (("real", "subjects", args.real_data, args.real),
                                       ("synthetic", "triplets", args.data, args.triplets)):
-        if name not in kinds_of(stages):
+        if name not in streams_of(stages):
             continue
         dataset, length = open_data(source, kind, count, 1600, clip, args, encoder, args.out / kind)
         if name == "synthetic" and args.synthetic == "image":
@@ -142,10 +153,11 @@ def run(args: argparse.Namespace) -> None:
     check_sources({flags[name]: stream for name, stream in streams.items()})
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     if args.restart:
-        drop_earlier(ranks, args.out / "transformer", args.out / "model_index.json",
-                     *(args.out / stage.name / part for stage in stages
-                       for part in ("checkpoints", "transformer", "settings.json", "validation", "validation.jsonl")),
-                     *(args.out / kind / "skipped.jsonl" for kind in ("subjects", "triplets")))
+        drop_earlier(ranks, *(args.out / part for part in ("transformer", "model_index.json", "settings.json")),
+                     *(args.out / name / part for name in ("mix", "real", "mixed") for part in
+                       ("checkpoints", "transformer", "settings.json", "metrics.jsonl", "validation", "validation.jsonl")),
+                     *(args.out / stream / "skipped.jsonl" for stream in ("subjects", "triplets")))
+    claim(args, ranks)
     example = next(iter(streams.values()))[0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
     weights = checkpoint.need(folder, "transformer")
@@ -154,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         # Real videos alone teach no other look than the image's.
         shown = ToyTest(args.seed) if isinstance(held_out, ToyTest) and stage.p == 0 else held_out
         settings = settings_of(args, stage=stage.name, steps=stage.steps, weights=checkpoint.fingerprint(weights),
-                               **what_is_trained_on({kind: streams[kind] for kind in kinds_of([stage])}, encoder))
+                               **what_is_trained_on({name: streams[name] for name in streams_of([stage])}, encoder))
         if (out / "transformer").is_dir():  # it has come to its end before
             if (out / "settings.json").exists():  # else another run has handed it on
                 check_settings(checkpoint.read_json(out / "settings.json"), settings, out)
@@ -182,7 +194,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
     schedule = read_schedule(folder)
     alpha_bar = alpha_bar_schedule(schedule).to(ranks.device)
 
-    def plan(step: int) -> tuple[str, int]:
+    def batch_of(step: int) -> tuple[str, int]:
         """p is "the probability of sampling from the synthetic dataset": drawn for each step, on all ranks alike."""
         u = torch.rand((), generator=generator(args.seed, stage.name, step)).item()
         return "synthetic" if u < stage.p else "real", args.batch
@@ -196,7 +208,7 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
         return training_loss(predict, x_0, eps, t, alpha_bar)
 
     validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count)
-    if not train(model, options_of(args, out=out, steps=stage.steps), ranks, plan, loss_of, validation, settings):
+    if not train(model, options_of(args, out=out, steps=stage.steps), ranks, batch_of, loss_of, validation, settings):
         return False
     frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
     tensors = distributed.full_state_dict(model, lambda key: key not in frozen)

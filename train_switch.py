@@ -8,7 +8,6 @@ who the subject is, plain videos keep alive how things move. Every step draws on
 """
 
 import argparse
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +21,18 @@ from data import Encoder, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
 from lora import Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
-from pipeline import read_schedule, switch_stands_on
-from readers import add_arguments, check_sources, clip_of, open_data, what_is_trained_on
-from training import (DTYPES, Options, add_common, check_parallel, check_range, drop_earlier, generator, options_of, print_plan,
-                      settings_of, train)
-from vae import VAEConfig
+from pipeline import check_switch_base, read_schedule
+from plan import print_plan
+from readers import add_arguments, check_sources, clip_of, open_data, toy_sized, what_is_trained_on
+from training import (DTYPES, Options, add_common, check_parallel, check_range, claim, default_of, drop_earlier, generator, options_of,
+                      set_defaults, settings_of, train)
+from vae import VAEConfig, latent_size
 from validation import Validation, held_out_subjects
+
+
+# The paper's values (rank and alpha are the authors' code's), and the toy's.
+DEFAULTS = {"steps": (4000, 2000), "lr": (5e-5, 4e-3), "image_batch": (256, 32), "video_batch": (32, 8), "micro_batch": (1, 16),
+            "rank": (128, 32), "alpha": (64.0, 32.0), "dropout": (0.1, 0.0)}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,8 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                    help="Table 2; two-stage is two runs in a row; video-only is Table 3's base: no reference, no <cls>, p x steps "
                    "(default: %(default)s)")
     p.add_argument("--p", type=float, default=0.2, help="probability of the video phase (default: %(default)s)")
-    p.add_argument("--image-batch", type=int, default=32, help="the paper's is 256 (default: %(default)s)")
-    p.add_argument("--video-batch", type=int, default=8, help="the paper's is 32 (default: %(default)s)")
+    p.add_argument("--image-batch", type=int, help=default_of("image_batch", DEFAULTS))
+    p.add_argument("--video-batch", type=int, help=default_of("video_batch", DEFAULTS))
     p.add_argument("--image-data", metavar="PATH", help="D_S2I: Subjects200K's parquet files or a cache (default: the toy's world)")
     p.add_argument("--video-data", metavar="PATH", help="D_vid: a manifest, a folder or a cache (default: the toy's world)")
     p.add_argument("--images", type=int, help="pairs to train on (default: all; of the toy's 4000)")
@@ -50,12 +55,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--reference-drop-unit", choices=["reference", "token"], default="reference",
                    help="what is dropped: the whole reference, or each of its tokens for itself (default: %(default)s)")
     p.add_argument("--no-cls", action="store_true", help="no <cls> in the prompt; Table 5")
-    p.add_argument("--rank", type=int, default=32, help="of the LoRA; the paper's is 128 (default: %(default)s)")
-    p.add_argument("--alpha", type=float, default=32.0, help="of the LoRA; the authors' is 64 at rank 128 (default: %(default)s)")
-    p.add_argument("--dropout", type=float, default=0.0, help="of the LoRA; the authors' is 0.1 (default: %(default)s)")
-    p.add_argument("--norm-lora", choices=["reference", "all"], default="reference", help="whose norm is adapted; 3.3")
-    p.add_argument("--lora-tokens", choices=["all", "reference"], default="all", help="on whom the other LoRAs act")
-    Options.add_to(p, out=Path("runs/switch"), steps=2000, lr=4e-3, warmup=50, micro_batch=16)
+    for name, kind in (("rank", int), ("alpha", float), ("dropout", float)):
+        p.add_argument(f"--{name}", type=kind, help=f"of the LoRA {default_of(name, DEFAULTS)}")
+    p.add_argument("--norm-lora", choices=["reference", "all"], default="reference", help="whose norm is adapted; 3.3 (default: %(default)s)")
+    p.add_argument("--lora-tokens", choices=["all", "reference"], default="all", help="on whom the other LoRAs act (default: %(default)s)")
+    Options.add_to(p, DEFAULTS, out=Path("runs/switch"), warmup=50)
     return p.parse_args(argv)
 
 
@@ -108,53 +112,53 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
         model = prepare(Transformer(config).bfloat16(), adapter)
     block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
     clip = clip_of(args, config)
-    frames, h, w = (clip.frames - 1) // 4 + 1, clip.height // 8, clip.width // 8
+    frames, h, w = latent_size(clip.frames, clip.height, clip.width)
     latents = {"image": 2 * h * h, "video": (frames + (args.reference_drop < 1)) * h * w}  # with the reference; pairs are squares
     tokens = config.max_text_seq_length + max(latents[phase] for phase in phases_of(args)) // config.patch_size**2
     batches, sources = ({phase: getattr(args, f"{phase}_{what}") for phase in phases_of(args)} for what in ("batch", "data"))
     phases = [phase_of(step, args, name) for name, steps in runs_of(args) for step in range(steps)]
     samples = sum(phases.count(phase) * batch for phase, batch in batches.items())
-    print_plan(model, block, folder, tokens, max(batches.values()), samples, list(sources.values()), args, world)
+    print_plan(model, block, folder, tokens, max(batches.values()), samples, list(sources.values()), len(runs_of(args)), args, world)
 
 
 def run(args: argparse.Namespace) -> None:
-    ranks = distributed.start(args.device, 1 if args.plan else args.sequence_parallel)
-    check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"))
-    if not 0 < args.alpha < math.inf:
-        raise BadInput(f"--alpha {args.alpha}: choose a number above 0.")
+    ranks = distributed.start(args.device, args.sequence_parallel)
+    check_range(args, ("p", "reference_drop", "dropout"), ("image_batch", "video_batch", "images", "videos", "rank"), ("alpha",))
+    folder = checkpoint.resolve(args.model)
+    config = read_config(checkpoint.need(folder, "transformer"))
+    check_switch_base(config, args.model)
+    set_defaults(args, DEFAULTS, toy_sized(config))
     if args.strategy == "video-only":
         args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
         if args.steps < 1:
             raise BadInput(f"--p {args.p} of the steps are none: video-only trains for p x --steps steps.")
+    if args.lora_tokens == "reference" and args.reference_drop == 1 and "video" in phases_of(args):
+        raise BadInput("--lora-tokens reference has nothing to learn from videos without a reference, that is with --reference-drop 1 or "
+                       "--strategy video-only.")
     for phase in phases_of(args):
         ranks.share(getattr(args, f"{phase}_batch"))
+    check_parallel(args, ranks, config.num_attention_heads)
     dtype = DTYPES[args.dtype]
     adapter = Adapter(args.rank, args.alpha, args.dropout, args.norm_lora, args.lora_tokens, "none" if args.no_cls else "token")
-
-    folder = checkpoint.resolve(args.model)
-    config = read_config(checkpoint.need(folder, "transformer"))
-    if not switch_stands_on(config) or config.sugar:
-        raise BadInput(f"Switch cannot stand on {args.model}: it needs a text-to-video base with rotary positions and a "
-                       f"temporal patch of 1, that is CogVideoX-5b or the toy.")
     if args.plan:
         return plan_run(config, adapter, folder, args, ranks.world) if ranks.first else None
-    check_parallel(args, ranks, config.num_attention_heads)
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)
     clip, streams = clip_of(args, config), {}
-    for phase, kind, source, count, toy_count in (("image", "pairs", args.image_data, args.images, 4000),
-                                                  ("video", "videos", args.video_data, args.videos, 400)):
+    for phase, stream, source, count, toy_count in (("image", "pairs", args.image_data, args.images, 4000),
+                                                    ("video", "videos", args.video_data, args.videos, 400)):
         if phase in phases_of(args):
-            dataset, length = open_data(source, kind, count, toy_count, clip, args, encoder, args.out / kind)
+            dataset, length = open_data(source, stream, count, toy_count, clip, args, encoder, args.out / stream)
             streams[phase] = Stream(dataset, length, encoder, args.seed)
     check_sources({f"--{phase}-data": stream for phase, stream in streams.items()})
 
     held_out = held_out_subjects(args, clip, ToyTest(args.seed), streams, encoder, ranks)
     if args.restart:
-        drop_earlier(ranks, *(args.out / name / "checkpoints" for name, _ in runs_of(args)),
-                     *(args.out / name / part for name, _ in runs_of(args) for part in ("validation", "validation.jsonl")),
-                     *(args.out / kind / "skipped.jsonl" for kind in ("pairs", "videos")), args.out / "pytorch_lora_weights.safetensors")
+        drop_earlier(ranks, *(args.out / name / part for name in ("", "image", "video") for part in
+                              ("checkpoints", "metrics.jsonl", "validation", "validation.jsonl")), args.out / "settings.json",
+                     *(args.out / stream / "skipped.jsonl" for stream in ("pairs", "videos")), args.out / "pytorch_lora_weights.safetensors")
+    claim(args, ranks)
 
     torch.manual_seed(args.seed)
     weights = checkpoint.need(folder, "transformer")
@@ -182,13 +186,13 @@ def run(args: argparse.Namespace) -> None:
         out, used = args.out / name, {phase: stream for phase, stream in streams.items() if name in ("", phase)}
         settings = settings_of(args, weights=checkpoint.fingerprint(weights), **what_is_trained_on(used, encoder))
 
-        def plan(step: int) -> tuple[str, int]:
+        def batch_of(step: int) -> tuple[str, int]:
             phase = phase_of(step, args, name)
             return phase, getattr(args, f"{phase}_batch")
 
         validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count,
                                 with_reference=args.strategy != "video-only")
-        if not train(model, options_of(args, out=out, steps=steps), ranks, plan, loss_of, validation, settings):
+        if not train(model, options_of(args, out=out, steps=steps), ranks, batch_of, loss_of, validation, settings):
             return  # stopped by a signal
     tensors = distributed.full_state_dict(model, lambda key: ".lora_A." in key or ".lora_B." in key)
     if ranks.first:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import BadInput, at_least
-from distributed import SMALL, Ranks, check_compiler, local, reshard
+from distributed import Ranks, check_compiler, local, reshard
 from resume import agreed_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -56,18 +56,32 @@ class Options:
     max_skipped: int = 10
 
     @staticmethod
-    def add_to(parser: argparse.ArgumentParser, **defaults) -> None:
+    def add_to(parser: argparse.ArgumentParser, by_base: dict[str, tuple], **defaults) -> None:
+        """by_base: see set_defaults()."""
         help = {"out": "folder for checkpoints, metrics.jsonl and validation sheets",
-                "steps": "optimizer steps (SUGAR: of each stage, if --second-steps says no other)",
+                "steps": "optimizer steps; for SUGAR of each stage, unless --second-steps is given",
                 "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up",
-                "clip": "largest gradient norm", "micro_batch": "samples a rank takes at a time; the global batch does not "
-                "depend on it", "ema": "decay of an exponential moving average of the weights; 0 is none",
+                "clip": "largest gradient norm", "micro_batch": "samples that a rank takes at a time; the global batch does not "
+                "depend on it", "ema": "decay of an exponential moving average of the weights, smaller in the first steps; 0 is none",
                 "keep": "checkpoints that are kept", "validate_count": "subjects on a validation sheet; 0 is no sheet",
                 "max_skipped": "steps with a loss that is not finite before stopping"}
         for name, option in Options.__dataclass_fields__.items():
-            default = defaults.get(name, option.default)
-            parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default,
-                                help=f"{help.get(name, '')} (default: {default})".strip())
+            default = None if name in by_base else defaults.get(name, option.default)
+            said = default_of(name, by_base) if name in by_base else f"(default: {default})"
+            parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default, help=f"{help.get(name, '')} {said}".strip())
+
+
+def default_of(name: str, by_base: dict[str, tuple]) -> str:
+    official, toy = by_base[name]
+    return f"(default: {official:g}; for the toy {toy:g})"
+
+
+def set_defaults(args: argparse.Namespace, by_base: dict[str, tuple], toy: bool) -> None:
+    """Flags that the command line leaves open. by_base: for each the value for official weights, which is the paper's where the paper
+    has one, and the toy's."""
+    for name, values in by_base.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[toy])
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +114,11 @@ def settings_of(args: argparse.Namespace, **more) -> dict:
     return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items() if name not in free} | more
 
 
-def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts: tuple[str, ...]) -> None:
-    for name in probabilities:
-        if not 0 <= getattr(args, name) <= 1:
+def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts: tuple[str, ...], positive: tuple[str, ...] = ()) -> None:
+    """Of what was given, what cannot be."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for name in given.keys() & {*probabilities}:
+        if not 0 <= given[name] <= 1:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a probability from 0 to 1.")
     checkpoint.check_out(args.out)
     at_least(1, args, *counts, "steps", "micro_batch", "save_every", "validate_every", "keep")
@@ -110,8 +126,8 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
     for name in ("ema", "beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: choose a number from 0 to below 1.")
-    for name in ("lr", "clip", "rate", "gpu_memory"):
-        if not 0 < getattr(args, name) < math.inf:
+    for name in given.keys() & {"lr", "clip", "rate", "gpu_memory", *positive}:
+        if not 0 < given[name] < math.inf:
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a number above 0.")
 
 
@@ -119,72 +135,6 @@ def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
     ranks.share_heads(heads)
     if args.compile:
         check_compiler(ranks.device.type)
-
-
-def kept_for_backward(block: nn.Module, config, lora_tokens: str, tokens: int = 512) -> float:
-    """Bytes in bfloat16 that autograd keeps of one block for each token: counted, by running the block on the CPU. lora_tokens: on whom
-    its LoRAs act, "all" or "reference"."""
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too, or its address would be used again
-        return tensor
-
-    x = torch.randn(1, tokens, config.dim, dtype=torch.bfloat16, requires_grad=True)
-    text, reference = tokens // 16, 0 if config.sugar else tokens // 14  # one of 14 latent frames
-    lengths, turn = (text, reference, tokens - text - reference), torch.zeros(tokens - text, config.attention_head_dim)
-    lora = slice(text, text + reference) if lora_tokens == "reference" else None
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        block(x, lengths, torch.randn(1, config.time_embed_dim, dtype=torch.bfloat16), turn, None, None, lora)
-    return sum(size for size, _ in kept.values()) / tokens
-
-
-def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, batch: int, samples: int,
-               sources: list[str | None], args: argparse.Namespace, world: int) -> None:
-    """--plan: what a run would take.
-
-    model: on the meta device, with what is frozen frozen; block: one of its blocks for real, on the CPU in bfloat16;
-    folder: of the base; tokens: of the longest sample; batch: the largest global one; samples: in the whole run; sources: the
-    data, None is the toy's world.
-    """
-    names = {"vae": checkpoint.WEIGHTS, "text_encoder": "model", **({"dino": "model", "clip": "model"} if model.config.sugar else {})}
-    there = [(checkpoint.part(folder, name), stem) for name, stem in names.items()]
-    encoders = sum(entry.nbytes for part, stem in there if part for entry in checkpoint.index(part, stem).values())
-    if not args.validate_count and all(source and (Path(source) / "index.json").exists() for source in sources):
-        encoders = 0  # caches need none
-    config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    copies = 1 if not args.ema else 2
-    width = DTYPES[args.dtype].itemsize
-    one, inputs = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")) * width / 2, width * config.dim
-    each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
-    kept = each * config.num_layers + (one if args.recompute else 0)
-    lies = world == 1 and args.dtype == "bf16"  # and what is frozen is used as it lies
-    gathered = lambda part: width * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
-    whole, largest = gathered(model), gathered(block)
-    weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
-    accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
-    parts = {"frozen encoders, on every rank": encoders, "weights, sharded": weights / world,
-             "gathered blocks": whole if whole <= SMALL else 2 * largest,
-             "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
-             "AdamW, sharded": 8 * trained / world,
-             f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch / args.sequence_parallel}
-    total = sum(parts.values()) / 1e9
-    print(f"trainable parameters   {trained:,}\nfrozen parameters      {frozen:,}\ntokens in a sample     {tokens:,}")
-    print(f"steps                  {args.steps:,} on {world} rank{'s' * (world > 1)}\nmemory of each rank")
-    for name, size in {**parts, "in all": 1e9 * total}.items():
-        print(f"  {name:<36} {size / 1e9:8.2f} GB")
-    print(f"hours                  {samples / args.rate / 3600:.1f} at {args.rate:g} samples/s of all ranks (--rate)")
-    disk, there = 4 * trained * (copies + 2), next(path for path in (args.out, *args.out.resolve().parents) if path.exists())
-    print(f"disk per checkpoint    {disk / 1e9:.2f} GB, and {args.keep} are kept")
-    if disk * (args.keep + 1) > (free := shutil.disk_usage(there).free):  # the new one is written before the oldest goes
-        print(f"warning: {args.keep + 1} checkpoints will not fit on the disk of {args.out}, where {free / 1e9:.1f} GB are free: a smaller "
-              f"--keep")
-    if total > args.gpu_memory:
-        print(f"warning: {total:.0f} GB will not fit into {args.gpu_memory:g} GB: more ranks, a smaller --micro-batch"
-              + ("" if args.recompute else ", --recompute"))
 
 
 @dataclass
@@ -204,18 +154,19 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 def learning_rate(step: int, options: Options) -> float:
-    """Linear warm-up, then a cosine to zero at the last step."""
-    if step < options.warmup:
-        return options.lr * (step + 1) / options.warmup
-    progress = (step - options.warmup) / max(options.steps - options.warmup, 1)
+    """Linear warm-up, for half of the run at most, then a cosine to zero at the last step."""
+    warmup = min(options.warmup, options.steps // 2)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    progress = (step - warmup) / (options.steps - warmup)
     return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int], tuple[str, int]],
+def train(model: nn.Module, options: Options, ranks: Ranks, batch_of: Callable[[int], tuple[str, int]],
           loss_of: Callable[[str, list[int]], Tensor], validate: Callable[[int], None], settings: dict) -> bool:
     """Trains the parameters of `model` that require a gradient. Returns whether the run has come to its end: SIGTERM stops it before.
 
-    plan(step) -> (stream, global batch): what a step trains on, the same on every rank.
+    batch_of(step) -> (stream, global batch): what a step trains on, the same on every rank.
     loss_of(stream, positions) -> mean loss of those samples of the stream.
     validate(step): called on every rank, as sampling from a sharded model needs them all.
     settings: what a resumed run must share with the one that it continues.
@@ -256,7 +207,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
         bar = tqdm(total=options.steps, initial=state.step, unit="step", disable=not ranks.first, dynamic_ncols=True)
         saved, clock, done, before = state.step, time.perf_counter(), 0, state.seconds
         while state.step < options.steps:
-            stream, batch = plan(state.step)
+            stream, batch = batch_of(state.step)
             first = state.positions.get(stream, 0)
             mine = [first + i for i in ranks.share(batch)]
             torch.manual_seed(generator(options.seed, "step", state.step, ranks.rank // ranks.sequence).initial_seed())
@@ -279,8 +230,9 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
                 group["lr"] = learning_rate(state.step, options)
             if math.isfinite(loss) and math.isfinite(norm):
                 optimizer.step()
+                decay = min(options.ema, (1 + state.step) / (10 + state.step))  # else a short run's mean would be its beginning
                 for key, mean in average.items():
-                    local(mean).lerp_(held[key].detach(), 1 - options.ema)
+                    local(mean).lerp_(held[key].detach(), 1 - decay)
             else:
                 state.skipped += 1
                 if state.skipped > options.max_skipped:
@@ -288,8 +240,9 @@ def train(model: nn.Module, options: Options, ranks: Ranks, plan: Callable[[int]
                                    f"samples {first} to {first + batch - 1}: look at those samples, or lower --lr and --restart.")
             optimizer.zero_grad()
             state.positions[stream] = first + batch
-            line = {"step": state.step, "stream": stream, "loss": loss, "lr": learning_rate(state.step, options),
-                    "grad_norm": norm, "samples": sum(state.positions.values()), "skipped": state.skipped}
+            number = lambda x: x if math.isfinite(x) else None  # JSON knows no NaN
+            line = {"step": state.step, "stream": stream, "loss": number(loss), "lr": learning_rate(state.step, options),
+                    "grad_norm": number(norm), "samples": sum(state.positions.values()), "skipped": state.skipped}
             state.step, state.seconds, done = state.step + 1, before + time.perf_counter() - clock, done + batch
             if ranks.first:
                 with metrics.open("a", encoding="utf-8") as file:
@@ -344,9 +297,20 @@ def drop_earlier(ranks: Ranks, *parts: Path) -> None:
     ranks.wait()
 
 
+def claim(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Notes in --out what the whole run is, be it of several stages, and raises where another run has its results there."""
+    file, settings = args.out / "settings.json", settings_of(args)
+    if file.exists():
+        check_settings(checkpoint.read_json(file), settings, args.out)
+    ranks.wait()  # all have looked
+    if ranks.first:
+        args.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(file, settings)
+
+
 def check_settings(old: dict, new: dict, out: Path) -> None:
     """Raises where a run would be resumed with other settings than it was begun with; of what it has not noted, nothing is known."""
-    for name in sorted(old):
+    for name in sorted(old, key=lambda name: (name != "strategy", name)):  # which says the most
         if old.get(name) != new.get(name) and name == "weights":
             raise BadInput(f"{out} holds a run that began with other weights than those that --model, or the stage before, has now: choose "
                            f"another --out, or --restart to begin anew.")
@@ -383,5 +347,3 @@ class stop_on_signal:
 
     def note(self, *_) -> None:
         self.asked = True
-
-

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from attention import in_place
+from attention import may_overwrite
 from checkpoint import BadInput
 
-# The last frames that each causal convolution has seen, [B, C, 1, H, W] each: what a chunk leaves to the next one. None where none will
-# come: a picture's.
+# The last frames that each causal convolution has seen, [B, C, 1, H, W] each: what a chunk leaves to the next one. None for a
+# picture, which has no next chunk.
 Cache = dict[nn.Module, list[Tensor]] | None
-# A chunk, in slices of time: [B, C, t, H, W] each. A layer empties, or fills anew, the list that it is given.
+# A chunk, in slices of time: [B, C, t, H, W] each. Layers overwrite the items of the list that they are given.
 Slices = list[Tensor]
 SLICE = 2**26  # bytes of one, unless a single frame has more
 
@@ -54,6 +54,11 @@ class VAEConfig:
     def unscale(self, z: Tensor) -> Tensor:
         """From the transformer's latents to the VAE's."""
         return z / self.scaling_factor
+
+
+def latent_size(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Latents of a clip of that many frames and pixels."""
+    return (frames - 1) // 4 + 1, height // 8, width // 8
 
 
 class CausalConv3d(nn.Module):
@@ -115,6 +120,7 @@ class GroupNorm(nn.GroupNorm):
         variance = sum(share * (own + (m - mean).square()) for share, own, m in zip(shares, variances, means))
         of_channels = [y.repeat_interleave(C // self.num_groups, dim=1).flatten() for y in (mean, variance)]  # [B * C]
         of_channels += [y.to(wide).repeat(B) for y in (self.weight, self.bias)]
+        # batch_norm over B * C "channels" applies these statistics, weight and bias in one pass.
         return lambda i: F.batch_norm(x[i].flatten(0, 1).unsqueeze(0), *of_channels, eps=self.eps).view_as(x[i])
 
 
@@ -139,7 +145,7 @@ class SpatialNorm(nn.Module):
             times = nearest[starts[i] : starts[i] + rows.shape[2]]
             s, b = (torch.stack([y[:, :, t] for t in times], dim=2).repeat_interleave(rows.shape[5] // z.shape[4], dim=4).unsqueeze(4)
                     for y in (scale, shift))
-            return torch.addcmul(b, rows, s, out=rows if in_place() else None).flatten(3, 4)
+            return torch.addcmul(b, rows, s, out=rows if may_overwrite() else None).flatten(3, 4)
 
         return normed
 
@@ -177,13 +183,13 @@ class ResnetBlock(nn.Module):
             part = normed(i)
             if hasattr(self, "conv_shortcut"):
                 x[i] = self.conv_shortcut(x[i])  # narrower, so before the next convolution takes its memory
-            h.append(self.conv1(F.silu(part, inplace=in_place()), cache))
+            h.append(self.conv1(F.silu(part, inplace=may_overwrite()), cache))
             del part
         normed = self.norm2.over(h, z, cache)
         for i in range(len(x)):
             part, h[i] = normed(i), None
-            part = self.conv2(F.silu(part, inplace=in_place()), cache)
-            x[i] = part.add_(x[i]) if in_place() else part + x[i]
+            part = self.conv2(F.silu(part, inplace=may_overwrite()), cache)
+            x[i] = part.add_(x[i]) if may_overwrite() else part + x[i]
         return x
 
 
@@ -218,7 +224,7 @@ class Upsample(nn.Module):
                 frame = self.conv(F.interpolate(frame, scale_factor=2.0))  # once for both of its moments
                 made += [frame] * (2 if self.time and not (alone and i == j == 0) else 1)
                 full = SLICE // frame.nbytes or 1
-                while in_place() and len(made) >= full:
+                while may_overwrite() and len(made) >= full:
                     out.append(torch.stack(made[:full], dim=2))
                     del made[:full]
             x[i] = None
@@ -262,7 +268,7 @@ class Encoder(nn.Module):
         x = [self.conv_in(x, cache)]
         for layer in layers(*self.down_blocks, self.mid_block):
             x = layer(x, None, cache)
-        return self.conv_out(F.silu(self.norm_out(x[0]), inplace=in_place()), cache)
+        return self.conv_out(F.silu(self.norm_out(x[0]), inplace=may_overwrite()), cache)
 
 
 class Decoder(nn.Module):
@@ -283,7 +289,7 @@ class Decoder(nn.Module):
         for layer in layers(self.mid_block, *self.up_blocks):
             x = layer(x, z, cache)
         normed = self.norm_out.over(x, z, cache)
-        return torch.cat([self.conv_out(F.silu(normed(i), inplace=in_place()), cache) for i in range(len(x))], dim=2)
+        return torch.cat([self.conv_out(F.silu(normed(i), inplace=may_overwrite()), cache) for i in range(len(x))], dim=2)
 
 
 class VAE(nn.Module):

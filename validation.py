@@ -20,6 +20,7 @@ from pipeline import Conditions, Request, Settings, noise_source, read_scales, s
 from readers import of_the_toy
 from sample import read_listing
 from training import keep_lines
+from vae import latent_size
 
 STEPS = 20  # of the sampler: enough to look at
 
@@ -97,15 +98,21 @@ class Validation:
         """uint8 frames [F, H, W, 3] of the example's subject doing what its text says."""
         to = lambda tensor: tensor[None].to(self.ranks.device, self.dtype)
         given = Conditions(to(self.encoder.text(example.text, example.noun)), to(self.encoder.text("")))
-        height, width = example.video.shape[1:3]
+        frames, height, width, _ = example.video.shape
         if self.encoder.sugar:
             image = example.image
             given.dino, given.clip = (to(encoder([image])[0]) for encoder in self.encoder.image_encoders.values())
         elif self.with_reference:
             fitted = np.asarray(media.fit(example.image, height, width, "pad"))
             given.reference = to(self.encoder.vae_config.scale(self.encoder.posterior(fitted[None])[0].float())[:, 0])
-        T = (len(example.video) - 1) // 4 + 1
-        x = noise_source(seed)(1, T, self.model.config.out_channels, height // 8, width // 8).to(self.ranks.device)
-        latents = sample_latents(self.model, given, self.alpha_bar, self.settings, x, noise=lambda: None)
+        T, h, w = latent_size(frames, height, width)
+        x = noise_source(seed)(1, T, self.model.config.out_channels, h, w).to(self.ranks.device)
+        latents = sample_latents(self.model, given, self.alpha_bar, self.settings, x)
         vae = self.encoder.vae
-        return media.video_to_frames(vae.decode(vae.config.unscale(latents.transpose(1, 2)).to(self.encoder.dtype))[0])
+        latents = vae.config.unscale(latents.transpose(1, 2)).to(self.encoder.dtype)
+        try:
+            video = vae.decode(latents)[0]
+        except torch.OutOfMemoryError:  # beside the optimizer there is less room than when sampling
+            vae.tiled = True
+            video = vae.decode(latents)[0]
+        return media.video_to_frames(video)

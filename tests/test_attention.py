@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import attention
-from attention import DESIGNS, GROUPS, apply_rotary, draw_designs, rotary_3d, selective_blocks, selective_mask
+from attention import DESIGNS, GROUPS, apply_rotary, draw_designs, rotary_3d, selective_segments, selective_mask
 
 # SUGAR Figure 4 as the README reads it, cell by cell: which designs let this query see this key.
 TABLE = {
@@ -33,7 +33,7 @@ def test_the_mask_is_the_table(design, lengths):
 
 @given(st.sampled_from("abcde"), lengths)
 def test_each_design_needs_one_slice_of_keys_for_each_group_of_queries(design, lengths):
-    assert all(len(keys) <= 1 for _, keys in selective_blocks(design, lengths))
+    assert all(len(keys) <= 1 for _, keys in selective_segments(design, lengths))
 
 
 @given(any_table, lengths, st.integers(0, 2**31))
@@ -42,10 +42,10 @@ def test_blocks_compute_what_the_mask_does_for_any_table(table, lengths, seed):
     q, k, v = torch.randn(3, 2, 2, sum(lengths), 8, generator=generator)
     DESIGNS["mine"] = table
     try:
-        mask, blocks = selective_mask("mine", lengths), selective_blocks("mine", lengths)
+        mask, segments = selective_mask("mine", lengths), selective_segments("mine", lengths)
     finally:
         del DESIGNS["mine"]
-    ours, sees = attention.attention(q, k, v, blocks), mask.any(dim=1)  # a group may see only groups that are empty
+    ours, sees = attention.attention(q, k, v, segments), mask.any(dim=1)  # a group may see only groups that are empty
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | ~sees[:, None])
     assert relative_error(ours[:, :, sees], theirs[:, :, sees]) < 1e-5 if sees.any() else True
     assert not ours[:, :, ~sees].any()
@@ -54,7 +54,7 @@ def test_blocks_compute_what_the_mask_does_for_any_table(table, lengths, seed):
 @pytest.mark.parametrize("table", [("imag text",) * 4, ("image text",) * 3])
 def test_a_table_with_a_slip_of_the_pen_is_refused(table, monkeypatch):
     monkeypatch.setitem(DESIGNS, "mine", table)
-    for use in (selective_mask, selective_blocks):
+    for use in (selective_mask, selective_segments):
         with pytest.raises(ValueError, match="one cell for each of image, text, first, other"):
             use("mine", (1, 1, 1, 1))
 
@@ -64,7 +64,7 @@ def test_blocks_at_a_real_length(design):
     lengths = (514, 226, 1350, 1350)  # DINO and CLIP, T5, and two latent frames of 60x90
     q, k, v = torch.randn(3, 1, 2, sum(lengths), 64)
     theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=selective_mask(design, lengths))
-    assert relative_error(attention.attention(q, k, v, selective_blocks(design, lengths)), theirs) < 1e-5
+    assert relative_error(attention.attention(q, k, v, selective_segments(design, lengths)), theirs) < 1e-5
 
 
 @pytest.mark.parametrize("frames,height,width", [(13, 30, 45), (4, 17, 33), (1, 40, 10)])

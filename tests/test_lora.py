@@ -16,7 +16,7 @@ import distributed
 from checkpoint import BadInput
 from lora import (METADATA, RELEASED, SWITCH_TARGETS, Adapter, check_adapter, find_adapter, inject, lora_state_dict,
                   on_tokens, read_adapter, save_adapter)
-from model import Config, Transformer
+from model import Config, Transformer, use_adapter
 
 # The list in Switch's public code, which PEFT matches against the ends of names.
 PEFT_TARGETS = ["to_k", "to_q", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2"]
@@ -127,12 +127,12 @@ def test_a_block_that_learns_a_lora_keeps_no_more_than_its_backward_pass_needs()
     """As multiples of the sequence: the second norm's input, those of q, k and v, of the norms of q and k, and of the feed-forward (5),
     what attention is given and gives (4), what the GELU is given (4), the outcome (1), and of the reference, a fourteenth, four parts."""
     config = Config(num_attention_heads=4, num_layers=1, use_rotary_positional_embeddings=True)
-    block, lengths, emb = Transformer(config).transformer_blocks[0], (20, 40, 500), torch.randn(1, 512)
+    block, lengths, temb = Transformer(config).transformer_blocks[0], (20, 40, 500), torch.randn(1, 512)
     inject(block, rank=2, dropout=0.0)
     x = torch.randn(1, sum(lengths), config.dim, requires_grad=True)
-    turn = torch.polar(torch.ones(540, 32), torch.randn(540, 32))
-    turn = torch.view_as_real(turn).flatten(-2)
-    _, kept = live(lambda: block(x, lengths, emb, turn, None, None, None))
+    rotary = torch.polar(torch.ones(540, 32), torch.randn(540, 32))
+    rotary = torch.view_as_real(rotary).flatten(-2)
+    _, kept = live(lambda: block(x, lengths, temb, rotary, None, None, None))
     assert kept / x.nbytes < 15  # 22 as autograd would have it
 
 
@@ -231,7 +231,7 @@ def test_our_file_in_diffusers_and_theirs_in_ours(pair, tmp_path):
                                         transformer_lora_adapter_metadata=theirs.peft_config["default"].to_dict())
     fresh = Transformer(ours.config).eval()
     fresh.load_state_dict({k: v for k, v in ours.state_dict().items() if ".lora_" not in k})
-    settings = fresh.use_adapter(find_adapter(str(tmp_path / "theirs")))
+    settings = use_adapter(fresh, find_adapter(str(tmp_path / "theirs")))
     fresh.eval()
     assert (settings.rank, settings.alpha, settings.norm_lora, settings.cls) == (4, 6.0, "all", "pieces")
     assert relative_error(fresh(**inputs), expected) < 1e-5
@@ -245,7 +245,7 @@ def test_our_settings_travel_in_the_metadata(tmp_path):
     file = find_adapter(str(tmp_path))
     assert read_adapter(file) == adapter
     fresh = Transformer(ours.config)
-    assert fresh.use_adapter(file) == adapter
+    assert use_adapter(fresh, file) == adapter
     assert fresh.lora_tokens == "reference"
     assert {m.norm_lora for m in fresh.modules() if hasattr(m, "norm_lora")} == {"reference"}
     with safe_open(file, "pt") as tensors:

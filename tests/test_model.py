@@ -119,8 +119,8 @@ def test_norm_lora_reference_leaves_text_and_video_to_the_base_norm():
     norm = AdaLayerNormZero(Config(**TINY)).eval()
     inject(norm, rank=4, alpha=8.0, names=("linear",))
     torch.nn.init.normal_(norm.linear.lora_B.weight)
-    text, reference, video, emb = torch.randn(2, 4, 128), torch.randn(2, 3, 128), torch.randn(2, 6, 128), torch.randn(2, 64)
-    act = torch.nn.functional.silu(emb)
+    text, reference, video, temb = torch.randn(2, 4, 128), torch.randn(2, 3, 128), torch.randn(2, 6, 128), torch.randn(2, 64)
+    act = torch.nn.functional.silu(temb)
     base = act @ norm.linear.weight.T + norm.linear.bias
     full = base + 8.0 / 4 * act @ norm.linear.lora_A.weight.T @ norm.linear.lora_B.weight.T
 
@@ -130,7 +130,7 @@ def test_norm_lora_reference_leaves_text_and_video_to_the_base_norm():
 
     for mode, others in (("reference", base), ("all", full)):
         norm.norm_lora = mode
-        x, gates = norm(torch.cat([text, reference, video], dim=1), (4, 3, 6), emb)
+        x, gates = norm(torch.cat([text, reference, video], dim=1), (4, 3, 6), temb)
         wanted = [modulated(text, others.chunk(6, 1)[3:]), modulated(reference, full.chunk(6, 1)[:3]),
                   modulated(video, others.chunk(6, 1)[:3])]
         assert torch.allclose(x, torch.cat([y for y, _ in wanted], dim=1), atol=1e-5)
@@ -201,7 +201,7 @@ def test_the_model_obeys_the_mask(design, monkeypatch):
     fast = ours(**given, **images)
     mask = selective_mask(design, (12, 10, 54, 108))  # 54 tokens in each frame of 12x18 latents
 
-    def by_mask(q, k, v, blocks, keep):
+    def by_mask(q, k, v, segments, key_mask):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     monkeypatch.setattr(model_module, "attention", by_mask)

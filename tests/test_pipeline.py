@@ -103,7 +103,7 @@ def test_branches_that_do_not_fit_into_memory_go_in_turn(sugar, monkeypatch):
     """A forward pass that has room for a batch of one alone: the same video, and the large batch is tried only once."""
     image = dict(dino_dim=6, clip_dim=6, dino_tokens=5, clip_tokens=4) if sugar else {}
     model = randomize(Transformer(Config(**VARIANTS["5b"], **image))).eval()
-    given = Conditions(torch.randn(1, 10, 32), torch.randn(1, 10, 32), in_turn=False)
+    given = Conditions(torch.randn(1, 10, 32), torch.randn(1, 10, 32), may_fall_back=True)
     if sugar:
         given.dino, given.clip = torch.randn(1, 5, 6), torch.randn(1, 4, 6)
     else:
@@ -123,7 +123,7 @@ def test_branches_that_do_not_fit_into_memory_go_in_turn(sugar, monkeypatch):
     assert relative_error(sample(), expected) < 1e-5
     branches = 3 if sugar else 2
     assert batches == [branches] + 3 * branches * [1]
-    given.in_turn = None  # ranks that share a forward pass cannot each decide for themselves
+    given.in_turn = given.may_fall_back = False  # ranks that share a forward pass cannot each decide for themselves
     with pytest.raises(torch.OutOfMemoryError):
         sample()
 
@@ -136,7 +136,7 @@ def test_the_transformer_stays_from_video_to_video_where_there_is_room(room, tok
     settings = Settings(frames=1, height=48, width=64, fps=8, scheduler="ddim", steps=2)
     requests = [Request("a fox", "", seed, tmp_path / f"{seed}.mp4") for seed in range(3)]
     alone = [video for request in requests for _, video in Sampler(str(tmp_path / "model")).videos([request], settings, quiet=True)]
-    log, there, decode, leave, forward = [], set(), VAE.decode, Sampler.leave, Transformer.forward
+    log, there, decode, unload, forward = [], set(), VAE.decode, Sampler.unload, Transformer.forward
 
     def enters(self, *args, **kwargs):
         there.add("transformer")
@@ -149,15 +149,15 @@ def test_the_transformer_stays_from_video_to_video_where_there_is_room(room, tok
             raise torch.OutOfMemoryError("no room")
         return decode(self, z)
 
-    def leaves(self, network, again=True):
+    def unloads(self, network, again=True):
         if isinstance(network, Transformer):
             there.clear()
             log.append("leave" if again else "leave for good")
-        leave(self, network, again)
+        unload(self, network, again)
 
     monkeypatch.setattr(Transformer, "forward", enters)
     monkeypatch.setattr(VAE, "decode", decodes)
-    monkeypatch.setattr(Sampler, "leave", leaves)
+    monkeypatch.setattr(Sampler, "unload", unloads)
     together = [video for _, video in Sampler(str(tmp_path / "model")).videos(requests, settings, quiet=True)]
     assert all(torch.equal(one, other) for one, other in zip(together, alone, strict=True))
     steps, last = ["step", "step"], ["step", "step", "leave for good", "decode"]

@@ -16,7 +16,7 @@ import readers
 from checkpoint import BadInput
 from data import Broken, Unfit
 from media import Clip, TooLittle, probe, read_video, save_video
-from readers import DreamBench, SubjectVideos, Triplets, Videos
+from readers import SubjectVideos, Triplets, Videos, dreambench
 
 CLIP = Clip(frames=9, height=48, width=64, fps=8)
 SLOPE = 40  # the grey level of the fixtures' videos rises by this much a second
@@ -327,11 +327,9 @@ def test_dreambench(tmp_path):
     Image.new("RGB", (50, 40), "red").save(folder / "dog6" / "01.jpg")
     listing = "Classes\n\nsubject_name,class\ndog6,dog\nfancy_boot,boot\nwolf_plushie,stuffed animal\n\nPrompts\n"
     (folder / "prompts_and_classes.txt").write_text(listing)
-    data = DreamBench(tmp_path, side=64)
-    assert [(p.subject, p.noun, p.kind) for p in data.photographs] == [
+    assert [(p.subject, p.noun, p.kind) for p in dreambench(tmp_path)] == [
         ("dog6", "dog", "animal"), ("dog6", "dog", "animal"), ("fancy_boot", "boot", "static object"),
         ("wolf_plushie", "stuffed animal", "active object")]
-    assert data[3].text == "a stuffed animal" and data[3].image.size == (50, 40) and data[3].video.shape == (1, 64, 64, 3)
     (folder / "prompts_and_classes.txt").write_text(listing.replace("boot\n", "spoon\n"))
     with pytest.raises(BadInput, match="a class 'spoon'"):
-        DreamBench(tmp_path)
+        dreambench(tmp_path)

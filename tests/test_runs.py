@@ -175,7 +175,7 @@ def test_a_rank_that_does_not_see_the_checkpoint_does_not_begin_anew(tmp_path):
 
 def test_both_stages_of_sugar_on_two_ranks(base, tmp_path):
     """The second stage begins with what the first rank has just written."""
-    arguments = SUGAR.replace("mix", "ts") + " --steps 2 --warmup 1"
+    arguments = SUGAR.replace("mix", "tsf") + " --steps 2 --warmup 1"
     assert "wrote" in finish(start("train_sugar.py", base, tmp_path / "run", arguments, ranks=2))
     assert [len((tmp_path / "run" / stage / "metrics.jsonl").read_text().splitlines()) for stage in ("real", "mixed")] == [2, 2]
 
@@ -188,6 +188,9 @@ def test_a_finished_stage_of_another_run_is_refused_by_name_and_restart_drops_it
     _, err = other.communicate(timeout=400)
     assert other.returncode == 2 and "with design = b, and now it is e" in err
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path / "run").items())
+    other = start("train_sugar.py", base, tmp_path / "run", arguments.replace("mix", "ts"))  # whose stages have folders of their own
+    _, err = other.communicate(timeout=400)
+    assert other.returncode == 2 and "with strategy = mix, and now it is ts" in err and not (tmp_path / "run" / "real").exists()
     listed = tmp_path / "run" / "subjects" / "skipped.jsonl"  # of other data: it would hide the new reasons
     listed.parent.mkdir(exist_ok=True)
     listed.write_text('{"example": 0, "reason": "old"}\n')

@@ -132,7 +132,7 @@ def test_what_falls_short_is_dropped_and_why_is_said(base, tmp_path, monkeypatch
         def identity(self, one, two):
             return [0.9 if self.seen % 2 else 0.1]
 
-        def features(self, pictures):
+        def dino_features(self, pictures):
             return torch.nn.functional.normalize(torch.ones(len(pictures), 4), dim=-1)
 
     monkeypatch.setattr(synthesize, "Similarity", Known)

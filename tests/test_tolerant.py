@@ -46,15 +46,15 @@ def test_half_a_line_of_a_run_that_was_killed_does_no_harm(tmp_path):
 
 def test_without_tolerance_the_first_broken_example_stops_the_run(tmp_path):
     with pytest.raises(BadInput, match="1 of the first 1 examples"):
-        Tolerant(Numbers({0}), 10, tmp_path / "skipped.jsonl", share=0)[0]
+        Tolerant(Numbers({0}), 10, tmp_path / "skipped.jsonl", broken_share=0)[0]
 
 
 def test_too_many_broken_examples_stop_the_run(tmp_path):
-    data = Tolerant(Numbers(set(range(0, 1000, 4))), 1000, tmp_path / "skipped.jsonl", share=0.2)
+    data = Tolerant(Numbers(set(range(0, 1000, 4))), 1000, tmp_path / "skipped.jsonl", broken_share=0.2)
     with pytest.raises(BadInput, match=r"10 of the first 37 examples are broken, more than 20%.*The last one: 36 is bad"):
         for i in range(1000):
             data[i]
-    fine = Tolerant(Numbers(set(range(0, 1000, 4))), 1000, tmp_path / "others.jsonl", share=0.3)
+    fine = Tolerant(Numbers(set(range(0, 1000, 4))), 1000, tmp_path / "others.jsonl", broken_share=0.3)
     assert len([fine[i] for i in range(1000)]) == 1000
     with pytest.raises(BadInput, match="None of the 5 examples can be used"):
         Tolerant(Numbers(set(range(5))), 5, tmp_path / "none.jsonl")[0]
@@ -64,12 +64,12 @@ def test_what_is_unfit_is_listed_and_does_not_count(tmp_path, capfd):
     """Nine of ten are too short, as the user has said they should be skipped; one in twenty of all is broken."""
     broken = set(range(10, 1000, 20))
     unfit = {i for i in range(1000) if i % 10} - broken
-    data = Tolerant(Numbers(broken, unfit), 1000, tmp_path / "skipped.jsonl", share=0.1)
+    data = Tolerant(Numbers(broken, unfit), 1000, tmp_path / "skipped.jsonl", broken_share=0.1)
     assert {data[i] for i in range(1000)} == set(range(0, 1000, 10)) - broken
     assert (tmp_path / "skipped.jsonl").read_text().count("is short") == 900 and not capfd.readouterr().err
-    strict = Tolerant(Numbers(set(), unfit), 1000, tmp_path / "strict.jsonl", share=0)
+    strict = Tolerant(Numbers(set(), unfit), 1000, tmp_path / "strict.jsonl", broken_share=0)
     assert strict[1] == 10
-    none = Tolerant(Numbers((), range(1000)), 1000, tmp_path / "none.jsonl", share=0)
+    none = Tolerant(Numbers((), range(1000)), 1000, tmp_path / "none.jsonl", broken_share=0)
     for _ in range(2):
         with pytest.raises(BadInput, match="None of the 1000 examples can be used; .*none.jsonl says why"):
             none[3]

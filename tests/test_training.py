@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
 from diffusion import alpha_bar_schedule
 from distributed import local
+from encoders import ImageEncoder
 from lora import Adapter, inject
 from model import Config, Transformer
 from resume import bounds
-from training import Options, generator, learning_rate, train
+from training import Options, generator, learning_rate, set_defaults, train
 from vae import VAEConfig
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -81,6 +83,8 @@ def test_learning_rate_warms_up_and_follows_a_cosine():
     assert learning_rate(0, options) == pytest.approx(0.2) and learning_rate(9, options) == 2.0
     assert learning_rate(10, options) == 2.0 and learning_rate(60, options) == pytest.approx(1.0)
     assert learning_rate(109, options) < 0.001
+    short = replace(options, steps=8)  # shorter than the warm-up, which then takes half of it
+    assert [learning_rate(step, short) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0] and learning_rate(7, short) < 0.3
 
 
 def test_generators_depend_on_the_key_alone():
@@ -245,6 +249,34 @@ def test_the_plan_says_what_a_run_takes_and_does_not_train(main, base, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_the_plan_counts_the_tokens_of_the_bases_own_image_encoders(base, tmp_path, capsys):
+    assert train_sugar.main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu".split()) == 0
+    tokens = int(re.search(r"tokens in a sample +([\d,]+)", capsys.readouterr().out)[1].replace(",", ""))
+    seen = sum(ImageEncoder(base, part).tokens for part in ("dino", "clip"))
+    assert tokens == seen + toy_networks.TOKENS + 3 * 4 * 4
+
+
+@pytest.mark.parametrize("main,batches,more", [
+    (train_switch.main, (256, 32), {"rank": 128, "alpha": 64, "dropout": 0.1, "lr": 5e-5}), (train_sugar.main, (64,), {"lr": 1e-5})])
+def test_defaults_are_the_papers_unless_the_base_is_of_the_toys_size(main, batches, more, base, tmp_path, capsys):
+    large = tmp_path / "large"
+    shutil.copytree(base, large)
+    config = large / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_frames": 17}))
+    assert main(f"--plan --model {large} --out {tmp_path / 'run'} --device cpu".split()) == 0
+    said = capsys.readouterr().out
+    steps = {train_switch.main: 4000, train_sugar.main: 10000}[main]
+    assert re.search(rf"steps +{steps:,} on 1 rank", said) and "activations of 1 samples" in said
+    trainer = {train_switch.main: train_switch, train_sugar.main: train_sugar}[main]
+    for toy in (False, True):
+        args = trainer.parse(["--lr", "3e-4"])
+        set_defaults(args, trainer.DEFAULTS, toy)
+        wanted = {"steps": steps, **dict(zip(("image_batch", "video_batch") if len(batches) == 2 else ("batch",), batches)), **more, "lr": 3e-4}
+        assert all((getattr(args, name) == value) != (toy and name != "lr") for name, value in wanted.items())
+    assert main(f"--model {large} --out {tmp_path / 'run'} --device cpu".split()) == 2  # it would draw 64x64 creatures for it
+    assert "name data of your own" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_the_plan_is_for_the_clips_that_are_asked_for(base, tmp_path, capsys):
     tokens = []
     for size in ("", "--frames 17 --height 96 --width 64"):
@@ -311,7 +343,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     moved = [not torch.equal(a, b) for a, b in zip(model.seen, [*model.seen[1:], model.weight.detach()])]
     assert moved == [True, True, True, False, True, True] and model.weight.isfinite().all()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1] and math.isnan(lines[3]["loss"])
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1] and lines[3]["loss"] is None
     with pytest.raises(BadInput, match="not finite for 1 steps, the last one step 1 on stream samples 1 to 1"):
         loop(Small({1: math.inf}), tmp_path / "strict", max_skipped=0)
 
@@ -324,7 +356,8 @@ def test_the_average_of_the_weights_is_handed_on_and_resumed(tmp_path):
     loop(free, tmp_path / "free")
     means = free.seen[:1]
     for weight in [*free.seen[1:], free.weight.detach()]:
-        means.append(0.9 * means[-1] + 0.1 * weight)
+        decay = min(0.9, len(means) / (9 + len(means)))  # a tenth, two elevenths, ...
+        means.append(decay * means[-1] + (1 - decay) * weight)
     assert torch.allclose(whole.weight, means[-1], rtol=1e-6) and not torch.allclose(whole.weight, free.weight)
     assert torch.allclose(torch.stack(shown), torch.stack(means), rtol=1e-6)  # and each sheet has shown the average of its step
     assert torch.equal(torch.stack(whole.seen), torch.stack(free.seen))  # while the run went on from the weights themselves
@@ -366,9 +399,9 @@ def test_the_loss_of_each_phase_is_the_formula(base, tmp_path, monkeypatch, seed
         v = caught["model"]((a.sqrt() * x_0 + (1 - a).sqrt() * eps)[None], t[None], **{name: y[None] for name, y in given.items()})[0]
         return (a.sqrt() * eps - (1 - a).sqrt() * x_0 - v).square().mean()
 
-    common = f"--model {base} --out {tmp_path} --device cpu --dtype fp32 --seed {seed} --validate-count 0"
+    common = f"--model {base} --device cpu --dtype fp32 --seed {seed} --validate-count 0"
     monkeypatch.setattr(train_switch, "train", catch)
-    args = train_switch.parse(f"{common} --images 6 --videos 6 --rank 4 --reference-drop 0.5".split())
+    args = train_switch.parse(f"{common} --out {tmp_path / 'switch'} --images 6 --videos 6 --rank 4 --reference-drop 0.5".split())
     train_switch.run(args)
     encoder = Encoder(base, "token", toy_networks.TOKENS, "cpu")
     for phase, kind in (("image", "pairs"), ("video", "videos")):
@@ -380,7 +413,7 @@ def test_the_loss_of_each_phase_is_the_formula(base, tmp_path, monkeypatch, seed
         assert caught["loss_of"](phase, positions).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4), phase
 
     monkeypatch.setattr(train_sugar, "train", catch)
-    args = train_sugar.parse(f"{common} --strategy mix --real 6 --triplets 6 --drop-clip 0.5 --drop-text 0.5".split())
+    args = train_sugar.parse(f"{common} --out {tmp_path / 'sugar'} --strategy mix --real 6 --triplets 6 --drop-clip 0.5 --drop-text 0.5".split())
     train_sugar.run(args)
     encoder = Encoder(base, "none", toy_networks.TOKENS, "cpu", sugar=True)
     for name, kind in (("real", "subjects"), ("synthetic", "triplets")):
@@ -460,6 +493,11 @@ def test_the_posterior_is_sampled_with_its_deviation(seed):
     (train_switch.main, "--model nowhere", "There is no folder nowhere"),
     (train_switch.main, "--model {base}/i2v", "Switch cannot stand on"),
     (train_switch.main, "--model {base}/sugar", "Switch cannot stand on"),
+    (train_switch.main, "--share 0.5", "--share 0.5 is for data of your own"),
+    (train_switch.main, "--lora-tokens reference --reference-drop 1", "--lora-tokens reference has nothing to learn"),
+    (train_switch.main, "--lora-tokens reference --strategy video-only", "--lora-tokens reference has nothing to learn"),
+    (train_sugar.main, "--out {base}", "is the folder of --model"),
+    (train_sugar.main, "--model {base}/sugar --out {base} --restart", "is the folder of --model"),  # from which it has all but one part
     (train_sugar.main, "--p 1.5", "--p 1.5: choose a probability"),
     (train_sugar.main, "--drop-dino 3", "--drop-dino 3.0: choose a probability"),
     (train_sugar.main, "--model {base}/i2v", "SUGAR cannot stand on"),
