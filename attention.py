@@ -79,12 +79,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, segments: list[Segment] | None = 
     if segments is None:
         return dense(q, k, v, None if key_mask is None else key_mask[:, None, None])
     out = []
-    for queries, keys in segments:
+    for (_, keys), part in zip(segments, q.split([queries.stop - queries.start for queries, _ in segments], dim=2)):
         if not keys:  # the groups that they may attend to are empty, as the frames behind the first are in a picture
-            out.append(torch.zeros_like(q[:, :, queries]))
+            out.append(torch.zeros_like(part))
             continue
         seen = (x[:, :, keys[0]] if len(keys) == 1 else torch.cat([x[:, :, key] for key in keys], dim=2) for x in (k, v))
-        out.append(dense(q[:, :, queries], *seen))
+        out.append(dense(part, *seen))
     # Joined as the kernels lay them out, [B, L, heads, d], so that nothing is copied when the heads are merged.
     return out[0] if len(out) == 1 else torch.cat([x.transpose(1, 2) for x in out], dim=1).transpose(1, 2)
 

@@ -209,7 +209,7 @@ def vae_row(args: argparse.Namespace, decode: bool) -> dict[str, Callable[[], Ru
 
 
 def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
-    """A training step of Switch: forward and backward pass of one video with its reference, and AdamW on a LoRA of rank 128.
+    """A training step of Switch: forward and backward pass of one video with its reference, and AdamW on the paper's LoRA.
     diffusers + PEFT have the reference as a frame more."""
     T, h, w = latents(args)
     x, eps, text, t = (noise(args, 1, T, 16, h, w), noise(args, 1, T, 16, h, w, seed=1), noise(args, 1, 226, 4096),
@@ -233,7 +233,7 @@ def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
         return run
 
     def ours() -> Run:
-        model = train_switch.prepare(our_transformer(args, compiled=False), Adapter(dropout=0.0)).train()
+        model = train_switch.prepare(our_transformer(args, compiled=False), Adapter()).train()
         recompute = None if args.recompute == "none" else args.recompute
         distributed.shard(model, list(model.transformer_blocks), distributed.start(args.device), args.dtype, recompute, args.compile)
         predict = lambda x_t, t: model(x_t.to(args.dtype), t, text, reference=reference)
@@ -244,7 +244,7 @@ def train(args: argparse.Namespace) -> dict[str, Callable[[], Run]]:
         from peft import LoraConfig
 
         model, rotary = their_transformer(args), their_rotary(args, T + 1)
-        model.add_adapter(LoraConfig(r=128, lora_alpha=64, target_modules=list(SWITCH_TARGETS)))
+        model.add_adapter(LoraConfig(r=128, lora_alpha=64, target_modules=list(SWITCH_TARGETS), lora_dropout=0.1))
         if args.recompute != "none":
             model.enable_gradient_checkpointing()
         model.train()

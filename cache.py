@@ -65,7 +65,7 @@ class Cache:
         return open_shard(shard_file(self.folder, 0))[0].get_tensor("null.text")
 
     def digest(self) -> str:
-        """Tells apart what is in caches; where they, or what they were made of, lie does not matter."""
+        """Tells apart what is in caches."""
         made_of = {name: value for name, value in self.settings.items() if name != "data"}
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 

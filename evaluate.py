@@ -142,8 +142,9 @@ MADE_BY = ("transformer", "vae", "text_encoder", "dino", "clip")  # parts of a m
 def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     """Notes in out/settings.json by what the videos are made, and raises where there are videos that something else made."""
     checkpoint.check_out(out)
-    if own := {"--prompts", "--out"} & {*flags}:
-        raise BadInput(f"{min(own)} is not for sample.py here, behind --: evaluate.py gives it the list and the folder of its own --out.")
+    alone, plain = sample.parse(flags), sample.parse([])
+    if (alone.prompts, alone.out) != (plain.prompts, plain.out):
+        raise BadInput("--prompts and --out are not for sample.py here, behind --: evaluate.py gives it the list and a folder in its own --out.")
     given = sample.parse([*flags, "--prompts", "list.jsonl"])
     model, there = Path(given.model), Path(given.model).is_dir()
     cut_by = ("grounding_dino", "sam") if settings.get("cut_out") or given.subject else ()

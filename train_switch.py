@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
         args.reference_drop, args.no_cls, args.steps = 1.0, True, round(args.p * args.steps)
         if args.steps < 1:
             raise BadInput(f"--p {args.p} of the steps are none: video-only trains for p x --steps steps.")
-    if args.lora_tokens == "reference" and args.reference_drop == 1 and "video" in phases_of(args):
+    if args.lora_tokens == args.norm_lora == "reference" and args.reference_drop == 1 and "video" in phases_of(args):
         raise BadInput("--lora-tokens reference has nothing to learn from videos without a reference, that is with --reference-drop 1 or "
                        "--strategy video-only.")
     for phase in phases_of(args):

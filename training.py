@@ -60,9 +60,10 @@ class Options:
         """by_base: see set_defaults()."""
         help = {"out": "folder for checkpoints, metrics.jsonl and validation sheets",
                 "steps": "optimizer steps; for SUGAR of each stage, unless --second-steps is given",
-                "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up",
+                "lr": "peak learning rate, cosine after the warm-up", "warmup": "steps of linear warm-up, half of the run at most",
                 "clip": "largest gradient norm", "micro_batch": "samples that a rank takes at a time; the global batch does not "
-                "depend on it", "ema": "decay of an exponential moving average of the weights, smaller in the first steps; 0 is none",
+                "depend on it", "ema": "decay of an exponential moving average of the weights, at most (1+n)/(10+n) "
+                "at step n; 0 is none",
                 "keep": "checkpoints that are kept", "validate_count": "subjects on a validation sheet; 0 is no sheet",
                 "max_skipped": "steps with a loss that is not finite before stopping"}
         for name, option in Options.__dataclass_fields__.items():
@@ -300,10 +301,12 @@ def drop_earlier(ranks: Ranks, *parts: Path) -> None:
 def claim(args: argparse.Namespace, ranks: Ranks) -> None:
     """Notes in --out what the whole run is, be it of several stages, and raises where another run has its results there."""
     file, settings = args.out / "settings.json", settings_of(args)
-    if file.exists():
+    results = ("checkpoints/step-*", "*/checkpoints/step-*", "*/transformer", "transformer", "pytorch_lora_weights.safetensors")
+    begun = any(found for pattern in results for found in args.out.glob(pattern))
+    if begun and file.exists():
         check_settings(checkpoint.read_json(file), settings, args.out)
     ranks.wait()  # all have looked
-    if ranks.first:
+    if ranks.first and not begun:  # what a first try has noted that came to nothing is void
         args.out.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(file, settings)
 

@@ -110,9 +110,14 @@ class Validation:
         latents = sample_latents(self.model, given, self.alpha_bar, self.settings, x)
         vae = self.encoder.vae
         latents = vae.config.unscale(latents.transpose(1, 2)).to(self.encoder.dtype)
-        try:
-            video = vae.decode(latents)[0]
-        except torch.OutOfMemoryError:  # beside the optimizer there is less room than when sampling
-            vae.tiled = True
-            video = vae.decode(latents)[0]
+        video = None
+        for vae.tiled in (False, True):  # beside the optimizer there may be no room for whole frames; training encodes none in tiles
+            try:
+                video = vae.decode(latents)[0]
+                break
+            except torch.OutOfMemoryError:
+                if vae.tiled:
+                    raise
+            finally:
+                vae.tiled = False
         return media.video_to_frames(video)

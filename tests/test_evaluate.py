@@ -460,3 +460,15 @@ def test_a_score_that_is_no_number_is_listed(base):
     found.of["viclip"] = lambda frames, text: float("nan")
     scores, without = found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None)
     assert "viclip" not in scores and without == {"viclip": "it came out as nan"}
+
+
+@pytest.mark.parametrize("flags,phrase", [
+    ("--set sugar --looks", "--looks has no effect with --set sugar"), ("--cut-out --no-image", "--cut-out has no effect with --no-image"),
+    ("--dreambench .", "--dreambench has no effect with --set toy"), ("-- --out=elsewhere", "--prompts and --out are not for sample.py here")])
+def test_flags_that_would_change_nothing_are_refused(flags, phrase, base, tmp_path, capsys):
+    flags, _, given = flags.partition("-- ")
+    command = ["generate", "--out", str(tmp_path / "out"), *flags.split(), "--", "--model", str(base), "--device", "cpu", *given.split()]
+    assert evaluate.main(command) == 2 and phrase in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        evaluate.parse(["score", "out", "--", "--steps", "3"])
+    assert "score makes no videos" in capsys.readouterr().err

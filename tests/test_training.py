@@ -21,15 +21,16 @@ import toy_networks
 import train_sugar
 import train_switch
 from checkpoint import BadInput
-from data import Encoder, OneFrame, Stream, Toy, posterior_sample, shuffled
+from data import Encoder, OneFrame, Stream, Toy, ToyTest, posterior_sample, shuffled
 from diffusion import alpha_bar_schedule
 from distributed import local
 from encoders import ImageEncoder
 from lora import Adapter, inject
-from model import Config, Transformer
+from model import Config, Transformer, load_transformer
 from resume import bounds
-from training import Options, generator, learning_rate, set_defaults, train
-from vae import VAEConfig
+from training import Options, claim, generator, learning_rate, set_defaults, train
+from vae import VAE, VAEConfig
+from validation import Validation
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
@@ -424,6 +425,36 @@ def test_the_loss_of_each_phase_is_the_formula(base, tmp_path, monkeypatch, seed
             kept = {key: y.float() for key, y, keep in (("dino", dino, keep_dino), ("clip", clip, keep_clip)) if keep}
             losses.append(expected(x_0, eps, t, text=text.float(), **kept))
         assert caught["loss_of"](name, positions).item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4), name
+
+
+def test_a_folder_with_results_is_another_runs_and_one_without_is_free(tmp_path):
+    args, ranks = [switch(f"--out {tmp_path} --p {p}") for p in (0.2, 0.3)], distributed.start("cpu")
+    noted = lambda: json.loads((tmp_path / "settings.json").read_text())["p"]
+    for one in args:  # the first try came to nothing
+        claim(one, ranks)
+        assert noted() == one.p
+    (tmp_path / "image" / "checkpoints" / "step-000002").mkdir(parents=True)
+    claim(args[1], ranks)
+    with pytest.raises(BadInput, match="with p = 0.3, and now it is 0.2"):
+        claim(args[0], ranks)
+    (tmp_path / "settings.json").unlink()  # a run that has not noted it is known by its checkpoints alone
+    claim(args[0], ranks)
+    assert not (tmp_path / "settings.json").exists()
+
+
+def test_a_sheet_without_room_is_decoded_in_tiles_and_training_encodes_none(base, tmp_path, seed, monkeypatch):
+    encoder, model = Encoder(base, "token", toy_networks.TOKENS, "cpu"), load_transformer(base / "transformer").eval()
+    look = Validation(model, encoder, toy_networks.SCHEDULE, ToyTest(seed), tmp_path, distributed.start("cpu"), torch.float32, 1)
+    whole, decode, tried = look.sample(ToyTest(seed)[0], seed), VAE.decode, []
+
+    def small(self, z):
+        tried.append(self.tiled)
+        if not self.tiled:
+            raise torch.OutOfMemoryError("no room")
+        return decode(self, z)
+
+    monkeypatch.setattr(VAE, "decode", small)
+    assert look.sample(ToyTest(seed)[0], seed).shape == whole.shape and tried == [False, True] and not encoder.vae.tiled
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
