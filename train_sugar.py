@@ -46,7 +46,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                    "%(default)s)")
     p.add_argument("--design", choices=list(DESIGNS), help="attention, Figure 4 (default: that of the model if it is SUGAR's, else b)")
     p.add_argument("--synthetic", choices=["video", "image"], default="video", help="image is Figure 7's TSF-Image")
-    p.add_argument("--batch", type=int, help=default_of("batch", DEFAULTS))
+    p.add_argument("--batch", type=int, help=f"samples of a step {default_of('batch', DEFAULTS)}")
     p.add_argument("--real-data", metavar="PATH", help="real videos: a manifest, a folder or a cache (default: the toy's world)")
     p.add_argument("--data", metavar="PATH", help="synthetic ones: synthesize.py's triplets or a cache (default: the toy's world)")
     p.add_argument("--real", type=int, help="real videos to train on (default: all; of the toy's 1,600)")

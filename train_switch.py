@@ -42,8 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                    help="Table 2; two-stage is two runs in a row; video-only is Table 3's base: no reference, no <cls>, p x steps "
                    "(default: %(default)s)")
     p.add_argument("--p", type=float, default=0.2, help="probability of the video phase (default: %(default)s)")
-    p.add_argument("--image-batch", type=int, help=default_of("image_batch", DEFAULTS))
-    p.add_argument("--video-batch", type=int, help=default_of("video_batch", DEFAULTS))
+    p.add_argument("--image-batch", type=int, help=f"samples of an image step {default_of('image_batch', DEFAULTS)}")
+    p.add_argument("--video-batch", type=int, help=f"samples of a video step {default_of('video_batch', DEFAULTS)}")
     p.add_argument("--image-data", metavar="PATH", help="D_S2I: Subjects200K's parquet files or a cache (default: the toy's world)")
     p.add_argument("--video-data", metavar="PATH", help="D_vid: a manifest, a folder or a cache (default: the toy's world)")
     p.add_argument("--images", type=int, help="pairs to train on (default: all; of the toy's 4000)")
