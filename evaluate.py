@@ -95,11 +95,11 @@ def subject_of(folder: Path, row: dict) -> Image.Image:
 
 def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
-    toys, which = args.set == "toy", f"--set {args.set}"
-    for flag, given, lost in (("--looks", args.looks, which if not toys else None), ("--cut-out", args.cut_out, "--no-image" if args.no_image else None),
-                              ("--dreambench", args.dreambench, which if toys else None)):
-        if given and lost:
-            raise BadInput(f"{flag} has no effect with {lost}: leave one of them out.")
+    which = f"--set {args.set}"
+    for flag, with_what, lost in (("--looks", which, args.looks and args.set != "toy"), ("--dreambench", which, args.dreambench and args.set == "toy"),
+                                  ("--cut-out", "--no-image", args.cut_out and args.no_image)):
+        if lost:
+            raise BadInput(f"{flag} has no effect with {with_what}: leave one of them out.")
     at_least(1, args, "count")
     at_least(0, args, "seed")
     ranks = distributed.start(sample.parse([*args.sample, "--prompts", "list.jsonl"]).device)
