@@ -37,11 +37,12 @@ from vae import latent_size, load_vae, save_vae
 # Steps and learning rate. The second stage of the base goes on from the first, the image-to-video model from the base.
 TRANSFORMER_STAGES = {"base": (5000, 3e-3), "base_long": (16000, 2e-3), "i2v": (1500, 1e-3)}
 # Steps of train_sugar.py's stages, and its flags. What DINO's and CLIP's tokens mean has to be learned from nothing, on real videos;
-# then comes the paper's strategy, and then, as shapes take long, all blocks three times more, which see DINO's tokens more often.
+# then comes the paper's strategy, and then, as shapes take long, all blocks four times more, which see DINO's tokens more often.
 SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0 --lr 1e-3"), "sugar": ((8000, 6000), "--strategy tsf --lr 1.5e-3"),
                 "sugar_long": ((16000,), "--strategy mix --p 0.5 --drop-dino 0.2 --drop-text 0.1 --lr 2e-3 --warmup 200"),
                 "sugar_looks": ((18000,), "--strategy mix --p 0.7 --drop-dino 0.2 --drop-text 0.1 --lr 2e-3 --warmup 200 --seed 1"),
-                "sugar_more": ((17000,), "--strategy mix --p 0.8 --drop-dino 0.1 --drop-text 0.1 --lr 2e-3 --warmup 200 --seed 2")}
+                "sugar_more": ((17000,), "--strategy mix --p 0.8 --drop-dino 0.1 --drop-text 0.1 --lr 2e-3 --warmup 200 --seed 2"),
+                "sugar_again": ((16000,), "--strategy mix --p 0.8 --drop-dino 0.1 --drop-text 0.1 --lr 2e-3 --warmup 200 --seed 3")}
 
 
 def vae_batch(stream: str) -> int:
@@ -266,7 +267,7 @@ class Builder:
              "--device", str(self.ranks.device), *flags.split(),
              *(word for flag, count in zip(("--steps", "--second-steps"), steps) for word in (flag, str(self.count(count)))),
              "--real-data", str(self.cached("subjects", 14000, encoder).folder),
-             "--data", str(self.cached("triplets", 28000, encoder).folder), "--validate-every", "1000"]))
+             "--data", str(self.cached("triplets", 44000, encoder).folder), "--validate-every", "1000", "--validate-count", "8"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
             distributed.leave(0)

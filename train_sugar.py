@@ -34,7 +34,8 @@ from vae import VAEConfig, latent_size
 from validation import Subjects, Validation, held_out_subjects
 
 
-DEFAULTS = {"steps": (10000, 1800), "lr": (1e-5, 2e-3), "batch": (64, 16), "micro_batch": (1, 16)}  # our guess, and the toy's
+DEFAULTS = {"steps": (10000, 1800), "lr": (1e-5, 2e-3), "batch": (64, 16), "micro_batch": (1, 16), "validate_every": (500, 600),
+            "validate_count": (8, 32)}  # our guess, and the toy's
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name, probability in (("dino", 0.5), ("clip", 0.2), ("text", 0.2)):
         p.add_argument(f"--drop-{name}", type=float, default=probability,
                        help=f"probability that {name} is null, for guidance (default: %(default)s)")
-    Options.add_to(p, DEFAULTS, out=Path("runs/sugar"), warmup=50, validate_count=8)
+    Options.add_to(p, DEFAULTS, out=Path("runs/sugar"), warmup=50)
     return p.parse_args(argv)
 
 

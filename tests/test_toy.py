@@ -33,7 +33,7 @@ def test_every_stage_leaves_its_part(built):
     assert all((folder / "work" / stage / "done").exists() for stage in toy.STAGES)
     assert all((folder / "toy" / part).is_dir() for part in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler", "clip", "dino",
                                                                "i2v/transformer", "switch", "sugar/transformer"))
-    assert len(list((folder / "work").glob("**/validation/*.png"))) == 14  # of Switch, and of SUGAR six times: before and after
+    assert len(list((folder / "work").glob("**/validation/*.png"))) == 16  # of Switch, and of SUGAR seven times: before and after
     assert json.loads((folder / "toy" / "vae" / "config.json").read_text())["scaling_factor"] != 1
 
 
