@@ -14,7 +14,7 @@ sample: .venv/.ready
 	    --out samples/sugar.gif
 
 test: .venv/.ready-test
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist worksteal
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv || { echo "Python needs its venv module: on Debian, apt install python3-venv."; rm -rf .venv; exit 1; }
