@@ -267,7 +267,7 @@ class Builder:
              "--device", str(self.ranks.device), *flags.split(),
              *(word for flag, count in zip(("--steps", "--second-steps"), steps) for word in (flag, str(self.count(count)))),
              "--real-data", str(self.cached("subjects", 14000, encoder).folder),
-             "--data", str(self.cached("triplets", 44000, encoder).folder), "--validate-every", "1000", "--validate-count", "8"]))
+             "--data", str(self.cached("triplets", 44000, encoder).folder), "--validate-every", "1000", "--validate-count", "4"]))
         self.ranks.wait()
         if not (out / "model_index.json").exists():
             distributed.leave(0)
