@@ -243,7 +243,7 @@ def test_what_was_drawn_is_what_is_measured(kind, allowed, seed):
         if scene.motion == "still":
             assert scores["movement"] < 0.3
         else:
-            assert scores["movement"] > 0.45  # 0.5 occurs
+            assert scores["movement"] > 0.5 - 1e-9  # one half occurs, up to rounding
     assert max(wrong.values()) <= allowed, wrong
 
 
