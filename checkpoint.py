@@ -130,11 +130,11 @@ def part(model: Path, name: str, depth: int = 0) -> Path | None:
     return part(model / base if (model / base).is_dir() else resolve(base), name, depth + 1)
 
 
-def check_apart(out: Path, model: Path, flag: str) -> None:
+def check_apart(out: Path, model: Path) -> None:
     """Raises where a new model in `out` would take the place of `model`, or of one that it takes parts from."""
     parts = [part(model, name) for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "dino", "clip")]
     if out.resolve() in {model.resolve(), *(folder.parent.resolve() for folder in parts if folder is not None)}:
-        raise BadInput(f"--out {out} is the folder of {flag}, or of a model that it takes parts from: what is written would take its place. "
+        raise BadInput(f"--out {out} is the folder of --model, or of a model that it takes parts from: what is written would take its place. "
                        f"Choose another --out.")
 
 

@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     check_range(args, ("p", "drop_dino", "drop_clip", "drop_text"), ("batch", "real", "triplets", "second_steps"))
     folder = checkpoint.resolve(args.model)
     config = read_config(checkpoint.need(folder, "transformer"))
-    checkpoint.check_apart(args.out, folder, "--model")
+    checkpoint.check_apart(args.out, folder)
     set_defaults(args, DEFAULTS, toy_sized(config))
     stages = stages_of(args)
     ranks.share(args.batch)

@@ -110,7 +110,6 @@ class Validation:
         latents = sample_latents(self.model, given, self.alpha_bar, self.settings, x)
         vae = self.encoder.vae
         latents = vae.config.unscale(latents.transpose(1, 2)).to(self.encoder.dtype)
-        video = None
         for vae.tiled in (False, True):  # beside the optimizer there may be no room for whole frames; training encodes none in tiles
             try:
                 video = vae.decode(latents)[0]
