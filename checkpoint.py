@@ -350,8 +350,8 @@ def read_published(path: Path, inside: str | None = None) -> dict[str, torch.Ten
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage has as many classes here as there are places in a file
         if "Unsupported global" in str(error):
-            raise BadInput(f"{path} holds pickled objects beside its tensors, which would run code and are not loaded: give the published "
-                           f"weights, or a file of tensors alone.") from error
+            raise BadInput(f"{path} holds pickled objects beside its tensors, which would run code and are not loaded, or is truncated "
+                           f"within a name: give the published weights, downloaded again, or a file of tensors alone.") from error
         reason = (str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"The weight file {path} is truncated, damaged or no PyTorch weights ({reason}); download it "
                        f"again.") from error

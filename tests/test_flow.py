@@ -130,7 +130,9 @@ def test_weights_that_are_no_weights(published, tmp_path):
         data = whole.read_bytes()
         (tmp_path / f"cut-{whole.name}").write_bytes(data[: torch.randint(1, len(data), ()).item()])
     assert "pickled objects" in error(tmp_path / "pickled.pth") and "weights_only" not in error(tmp_path / "pickled.pth")
-    for name in ("page.pth", "empty.pth", "cut-raft-things.pth", "cut-legacy.pth", "cut-foreign.safetensors"):
+    data = (tmp_path / "legacy.pth").read_bytes()
+    (tmp_path / "cut-name.pth").write_bytes(data[: data.index(b"_rebuild_tensor_v2") + 4])  # reads as a class of another name
+    for name in ("page.pth", "empty.pth", "cut-raft-things.pth", "cut-legacy.pth", "cut-name.pth", "cut-foreign.safetensors"):
         assert "truncated" in error(tmp_path / name)
 
 
