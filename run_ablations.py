@@ -198,7 +198,8 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
 def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason: str) -> str:
     """A line: the claim, the difference that was measured, seed by seed the same data, and whether it holds. reason: why there is no
     verdict. A score that is 0 or 1 for each of `count` videos is not known better than by one of them."""
-    differences = [difference(finding, more, less) for more, less in zip(results[finding.more], results[finding.less])]
+    between = lambda one, other: np.array([difference(finding, *lines) for lines in zip(results[one], results[other])])
+    differences = between(finding.more, finding.less) - (between(*finding.than) if finding.than else 0)
     coarse = finding.score in ("identity", "motion", "background_exact", "look", "dynamic")
     mean, low, high = over_seeds(differences, coarse / count)
     if not np.isfinite(mean):
@@ -211,7 +212,8 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
     where = f", at the same {TITLES[finding.at]}" if finding.at else ""
     within = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
     margin = f", margin {finding.margin}" if finding.margin else ""
-    measured = f"{TITLES[finding.score]}: {finding.more} minus {finding.less}{where} = {mean:+.3f}{within}{margin}"
+    rows = f"{finding.more} minus {finding.less}" + (f", that minus ({finding.than[0]} minus {finding.than[1]})" if finding.than else "")
+    measured = f"{TITLES[finding.score]}: {rows}{where} = {mean:+.3f}{within}{margin}"
     return f"| {finding.claim} | {measured} | {said} |"
 
 

@@ -26,7 +26,7 @@ def test_flags_and_findings_are_known(name):
             sample.parse(["--prompt", "a", *variant.sample.split(), *sweep.split()])
     assert ablation.control in ablation.variants
     for finding in ablation.findings:
-        assert {finding.more, finding.less} <= ablation.variants.keys() and finding.more != finding.less
+        assert {finding.more, finding.less, *(finding.than or ())} <= ablation.variants.keys() and finding.more != finding.less
         assert finding.score in SCORES and finding.at in ("", *SCORES) and (not finding.at or len(ablation.sweep) > 1)
     assert len({(v.train, v.sample) for v in ablation.variants.values()}) == len(ablation.variants)
 
@@ -62,6 +62,15 @@ def test_a_verdict_is_about_differences_seed_by_seed(differences, margin, said):
     line = verdict(finding, results, 64, "")
     assert f"| {said}" in line and f"{np.mean(differences):+.3f}" in line
     assert "no verdict (a reason)" in verdict(finding, results, 64, "a reason")
+
+
+@pytest.mark.parametrize("gaps,said", [((0.3, 0.1), "holds"), ((0.1, 0.3), "does not hold: the opposite"), ((0.1, 0.1), "undecided")])
+def test_a_gap_beside_another(gaps, said):
+    base = np.random.default_rng(0).normal(0, 5, (3, 2))  # of seeds and of pairs
+    rows = {"a": base[:, 0] + gaps[0], "b": base[:, 0], "c": base[:, 1] + gaps[1], "d": base[:, 1]}
+    results = {label: [[{"look": value}] for value in values] for label, values in rows.items()}
+    line = verdict(Finding("the gap is smaller", "look", "a", "b", than=("c", "d")), results, 64, "")
+    assert f"a minus b, that minus (c minus d) = {gaps[0] - gaps[1]:+.3f}" in line and f"| {said}" in line
 
 
 def test_lines_are_compared_at_the_same_level(seed):
