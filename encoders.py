@@ -93,6 +93,8 @@ class Tokenizer:
                 model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # the library raises nothing more special
                 raise BadInput(f"{folder / 'tokenizer.json'} is damaged: {error}.") from error
+            model.no_padding()  # transformers writes into the file how it was last called
+            model.no_truncation()
             self.pieces = lambda text: model.encode(text, add_special_tokens=False).ids
             self.decode, self.size = model.decode, model.get_vocab_size()
         else:

@@ -41,7 +41,10 @@ words = st.lists(st.sampled_from("a fox is running in the snow made of gold, and
 def tokenizers(model, oracle, tmp_path_factory):
     """Ours from the official SentencePiece model, and from the tokenizer.json that transformers saves instead."""
     saved = tmp_path_factory.mktemp("tokenizer")
+    oracle("a fox", padding="max_length", max_length=3, truncation=True)  # which the file then holds
     oracle.save_pretrained(saved)
+    written = json.loads((saved / "tokenizer.json").read_text())
+    assert written["padding"] and written["truncation"]
     assert not (saved / "spiece.model").exists()
     return Tokenizer(model / "tokenizer"), Tokenizer(saved)
 

@@ -100,7 +100,7 @@ def test_everything_is_determined_by_the_seed(seed):
 
 
 def test_masks_are_what_changes_when_the_subject_is_removed(seed):
-    rng = np.random.default_rng(seed)
+    rng, changed = np.random.default_rng(seed), []
     for _ in range(20):
         scene = world.sample_scene(rng, look=world.pick(rng, LOOKS))
         video, masks = world.render(scene), world.masks(scene)
@@ -109,8 +109,9 @@ def test_masks_are_what_changes_when_the_subject_is_removed(seed):
         near = [np.roll(masks, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
         inside, outside = np.all(near, axis=0), ~np.any(near, axis=0)
         assert change[outside].max() <= 32  # an edge's last trace
-        assert (change[inside] > 3).mean() > 0.9  # the rest has the background's colour by chance
+        changed.append((change[inside] > 3).mean())
         assert masks.any((1, 2)).all() and masks.shape == (9, 64, 64) and masks.dtype == bool
+    assert np.mean(changed) > 0.98 and min(changed) > 0.8  # the rest has the background's colour by chance
 
 
 def test_a_subject_is_large(seed):
