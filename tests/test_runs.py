@@ -188,6 +188,9 @@ def test_a_finished_stage_of_another_run_is_refused_by_name_and_restart_drops_it
     _, err = other.communicate(timeout=400)
     assert other.returncode == 2 and "with design = b, and now it is e" in err
     assert all(torch.equal(before[key], value) for key, value in weights(tmp_path / "run").items())
+    other = start("train_sugar.py", base, tmp_path / "run", arguments.replace("mix", "ts"))  # whose stages have folders of their own
+    _, err = other.communicate(timeout=400)
+    assert other.returncode == 2 and "with strategy = mix, and now it is ts" in err and not (tmp_path / "run" / "real").exists()
     listed = tmp_path / "run" / "subjects" / "skipped.jsonl"  # of other data: it would hide the new reasons
     listed.parent.mkdir(exist_ok=True)
     listed.write_text('{"example": 0, "reason": "old"}\n')
