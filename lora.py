@@ -73,13 +73,23 @@ class LoRA:
         return self.base(x).add_(self.update(x))  # in place: no backward pass asks for what the base gave
 
 
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """dropout(x): the same elements for the same seed, however x lies in memory."""
-    if not p:
+def survivors(x: Tensor, p: float, seed: int) -> Tensor | None:
+    """Which elements of x dropout leaves, True with probability 1 - p: the same for the same seed, however x lies in memory. None: all.
+
+    Each element has 16 bits of a random number of 64, and p is rounded to them: on a CPU a number for each element would take a
+    quarter of the training step."""
+    if not (lost := round(p * 2**16)):
+        return None
+    lots = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    lots.random_(-(2**63), None, generator=torch.Generator(x.device).manual_seed(seed))
+    return (lots.view(torch.int16)[:x.numel()] > lost - 1 - 2**15).view(x.shape)
+
+
+def dropped(x: Tensor, p: float, kept: Tensor | None) -> Tensor:
+    """dropout(x), of which `kept` is left, and scaled so that its mean stays."""
+    if kept is None:
         return x
-    kept = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    kept.bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
-    return kept.mul_(x).mul_(1 / max(1 - p, 1e-9))  # at p = 1 nothing is left
+    return torch.where(kept, x, 0).mul_(2**16 / max(2**16 - round(p * 2**16), 1))  # at p = 1 nothing is left
 
 
 def fed(x: Tensor, gelu: bool) -> Tensor:
@@ -96,7 +106,7 @@ class LoRAProduct(torch.autograd.Function):
         """x [n, in] -> y [n, out]"""
         ctx.s, ctx.gelu, ctx.p, ctx.seed = s, gelu, p, int(torch.randint(2**62, ())) if p else 0
         g = fed(x, gelu)
-        low = dropped(g, p, ctx.seed) @ A.t()  # [n, rank]
+        low = dropped(g, p, survivors(g, p, ctx.seed)) @ A.t()  # [n, rank]
         ctx.save_for_backward(x, weight, A, B, low)
         return F.linear(g, weight, bias).addmm_(low, B.t(), alpha=s)  # the update is never there by itself
 
@@ -104,13 +114,14 @@ class LoRAProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, low = ctx.saved_tensors
-        g = dropped(fed(x, ctx.gelu), ctx.p, ctx.seed)
+        kept = survivors(x, ctx.p, ctx.seed)
+        g = dropped(fed(x, ctx.gelu), ctx.p, kept)
         d_low = ctx.s * (dy @ B)  # [n, rank]
         dA, dB, dx = d_low.t() @ g, ctx.s * (dy.t() @ low), None
         del g
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
-            dx = dx.add_(dropped(d_low @ A, ctx.p, ctx.seed)) if ctx.p else dx.addmm_(d_low, A)
+            dx = dx.addmm_(d_low, A) if kept is None else dx.add_(dropped(d_low @ A, ctx.p, kept))
             if ctx.gelu:
                 dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
         return dx, None, None, dA, dB, None, None, None
