@@ -73,15 +73,14 @@ class LoRA:
         return self.base(x).add_(self.update(x))  # in place: no backward pass asks for what the base gave
 
 
-def survivors(x: Tensor, p: float, seed: int) -> Tensor | None:
-    """Which elements of x dropout leaves, True with probability 1 - p: the same for the same seed, however x lies in memory. None: all.
+def survivors(x: Tensor, p: float, draws: torch.Generator) -> Tensor | None:
+    """Which elements of x dropout leaves, True with probability 1 - p, however x lies in memory; None where p is 0.
 
     Each element has 16 bits of a random number of 64, and p is rounded to them: on a CPU a number for each element would take a
     quarter of the training step."""
     if not (lost := round(p * 2**16)):
         return None
-    lots = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-    lots.random_(-(2**63), None, generator=torch.Generator(x.device).manual_seed(seed))
+    lots = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=draws)
     return (lots.view(torch.int16)[:x.numel()] > lost - 1 - 2**15).view(x.shape)
 
 
@@ -90,6 +89,15 @@ def dropped(x: Tensor, p: float, kept: Tensor | None) -> Tensor:
     if kept is None:
         return x
     return torch.where(kept, x, 0).mul_(2**16 / max(2**16 - round(p * 2**16), 1))  # at p = 1 nothing is left
+
+
+def in_rows(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """x [n, in] some rows at a time, and which of their elements dropout leaves, the same for the same seed: so what it left, and GELU(x),
+    are never there as a whole. On a CPU the pieces are small enough for malloc to give the same memory again."""
+    draws, step = torch.Generator(x.device).manual_seed(seed), max((2**26 if x.is_cuda else 2**21) // x.shape[1], 1)
+    for start in range(0, x.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, survivors(x[rows], p, draws)
 
 
 def fed(x: Tensor, gelu: bool) -> Tensor:
@@ -105,8 +113,9 @@ class LoRAProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float, gelu: bool, p: float) -> Tensor:
         """x [n, in] -> y [n, out]"""
         ctx.s, ctx.gelu, ctx.p, ctx.seed = s, gelu, p, int(torch.randint(2**62, ())) if p else 0
-        g = fed(x, gelu)
-        low = dropped(g, p, survivors(g, p, ctx.seed)) @ A.t()  # [n, rank]
+        g, low = fed(x, gelu), x.new_empty(x.shape[0], A.shape[0])  # low: [n, rank]
+        for rows, kept in in_rows(g, p, ctx.seed):
+            torch.mm(dropped(g[rows], p, kept), A.t(), out=low[rows])
         ctx.save_for_backward(x, weight, A, B, low)
         return F.linear(g, weight, bias).addmm_(low, B.t(), alpha=s)  # the update is never there by itself
 
@@ -114,16 +123,19 @@ class LoRAProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, low = ctx.saved_tensors
-        kept = survivors(x, ctx.p, ctx.seed)
-        g = dropped(fed(x, ctx.gelu), ctx.p, kept)
         d_low = ctx.s * (dy @ B)  # [n, rank]
-        dA, dB, dx = d_low.t() @ g, ctx.s * (dy.t() @ low), None
-        del g
-        if ctx.needs_input_grad[0]:
-            dx = dy @ weight
-            dx = dx.addmm_(d_low, A) if kept is None else dx.add_(dropped(d_low @ A, ctx.p, kept))
+        dA, dB = torch.zeros_like(A), ctx.s * (dy.t() @ low)
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        for rows, kept in in_rows(x, ctx.p, ctx.seed):
+            dA.addmm_(d_low[rows].t(), dropped(fed(x[rows], ctx.gelu), ctx.p, kept))
+            if dx is None:
+                continue
+            if kept is None:
+                dx[rows].addmm_(d_low[rows], A)
+            else:
+                dx[rows].add_(dropped(d_low[rows] @ A, ctx.p, kept))
             if ctx.gelu:
-                dx = torch.ops.aten.gelu_backward(dx, x, approximate="tanh")
+                dx[rows] = torch.ops.aten.gelu_backward(dx[rows], x[rows], approximate="tanh")
         return dx, None, None, dA, dB, None, None, None
 
 
