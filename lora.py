@@ -73,7 +73,7 @@ class LoRA:
         return self.base(x).add_(self.update(x))  # in place: no backward pass asks for what the base gave
 
 
-def survivors(x: Tensor, p: float, draws: torch.Generator) -> Tensor | None:
+def survivors(x: Tensor, p: float, draws: torch.Generator | None) -> Tensor | None:
     """Which elements of x dropout leaves, True with probability 1 - p, however x lies in memory; None where p is 0.
 
     Each element has 16 bits of a random number of 64, and p is rounded to them: on a CPU a number for each element would take a
@@ -94,7 +94,8 @@ def dropped(x: Tensor, p: float, kept: Tensor | None) -> Tensor:
 def in_rows(x: Tensor, p: float, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
     """x [n, in] some rows at a time, and which of their elements dropout leaves, the same for the same seed: so what it left, and GELU(x),
     are never there as a whole. On a CPU the pieces are small enough for malloc to give the same memory again."""
-    draws, step = torch.Generator(x.device).manual_seed(seed), max((2**26 if x.is_cuda else 2**21) // x.shape[1], 1)
+    draws = torch.Generator(x.device).manual_seed(seed) if p else None
+    step = max((2**26 if x.is_cuda else 2**21) // x.shape[1], 1)
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
         yield rows, survivors(x[rows], p, draws)
