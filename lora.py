@@ -125,10 +125,10 @@ class LoRAProduct(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, low = ctx.saved_tensors
         d_low = ctx.s * (dy @ B)  # [n, rank]
-        dA, dB = torch.zeros_like(A), ctx.s * (dy.t() @ low)
+        dA, dB = torch.zeros_like(A, dtype=torch.promote_types(A.dtype, torch.float32)), ctx.s * (dy.t() @ low)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         for rows, kept in in_rows(x, ctx.p, ctx.seed):
-            dA.addmm_(d_low[rows].t(), dropped(fed(x[rows], ctx.gelu), ctx.p, kept))
+            dA.add_(d_low[rows].t() @ dropped(fed(x[rows], ctx.gelu), ctx.p, kept))
             if dx is None:
                 continue
             if kept is None:
@@ -137,7 +137,7 @@ class LoRAProduct(torch.autograd.Function):
                 dx[rows].add_(dropped(d_low[rows] @ A, ctx.p, kept))
             if ctx.gelu:
                 dx[rows] = torch.ops.aten.gelu_backward(dx[rows], x[rows], approximate="tanh")
-        return dx, None, None, dA, dB, None, None, None
+        return dx, None, None, dA.to(A.dtype), dB, None, None, None
 
 
 class LoRALinear(LoRA, nn.Linear):

@@ -199,6 +199,14 @@ def test_a_lora_some_rows_at_a_time_is_that_of_all(p, gelu, seed):
     assert all(relative_error(one, other) < 1e-4 for one, other in zip(*grads))
 
 
+def test_the_gradient_of_many_pieces_is_not_added_up_in_bfloat16():
+    x, A = torch.rand(192, 2**18).bfloat16(), torch.randn(1, 2**18).bfloat16().requires_grad_()  # 24 pieces, all of one sign
+    ones = torch.ones(1, 1).bfloat16()
+    y = LoRAProduct.apply(x, torch.zeros(1, 2**18).bfloat16(), None, A, ones, 1.0, False, 0.0)
+    y.sum().backward()
+    assert relative_error(A.grad[0].float(), x.float().sum(0)) < 2**-8
+
+
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("lies", [lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)])
 def test_the_backward_pass_with_dropout_is_the_derivative(gelu, lies, seed):
