@@ -11,16 +11,13 @@ from torch import Tensor, nn
 import world
 from checkpoint import name_base, write_json
 from encoders import Tokenizer
-from lora import Adapter, inject, lora_state_dict, save_adapter
-from model import Config, Transformer, init_sugar, load_transformer, save_transformer
-from vae import VAE, VAEConfig, save_vae
+from model import Config, Transformer, load_transformer, save_transformer
+from vae import VAE, VAEConfig
 
 TEXT_DIM, IMAGE_DIM, TOKENS = 64, 96, 24  # widths of T5's and of DINO's and CLIP's features; tokens in a prompt
 SIDE, PATCH = 48, 12  # pixels of the image encoders' input and of their patches
-IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1
 BASE = dict(num_attention_heads=3, attention_head_dim=64, num_layers=8, time_embed_dim=64, text_embed_dim=TEXT_DIM,
             max_text_seq_length=TOKENS, sample_height=8, sample_width=8, sample_frames=9, use_rotary_positional_embeddings=True)
-SUGAR = dict(dino_dim=IMAGE_DIM, clip_dim=IMAGE_DIM, dino_tokens=IMAGE_TOKENS, clip_tokens=IMAGE_TOKENS)
 # A small network's: the papers' burn its colours, and with more guidance on the text it loses Switch's subjects.
 SCALES = {"guidance": 1.0, "omega_image": 3.0, "omega_text": 4.0}
 SCHEDULE = {"_class_name": "CogVideoXDDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
@@ -133,29 +130,6 @@ def write_variant(folder: Path, model: Transformer) -> None:
     """A transformer that shares everything else with the toy it lies in."""
     save_transformer(model, folder / "transformer", torch.bfloat16)
     name_base(folder, "..")
-
-
-def init(folder: Path) -> None:
-    """Writes a complete untrained checkpoint, a Switch adapter, a SUGAR model and an image-to-video model: what the tests stand on."""
-    torch.manual_seed(0)
-    save_half(new_text_encoder(write_tokenizer(folder / "tokenizer")), folder / "text_encoder")
-    for part in ("dino", "clip"):
-        save_half(new_image_encoder(part), folder / part)
-    save_vae(new_vae(), folder / "vae")
-    write_frame(folder)
-    base = Transformer(Config(**BASE))  # not new_transformer(): a network of zeros would hide what it is given
-    save_transformer(base, folder / "transformer", torch.bfloat16)
-    sugar = Transformer(Config(**BASE, **SUGAR))
-    sugar.load_state_dict(base.state_dict(), strict=False)
-    init_sugar(sugar, "cpu", torch.float32)
-    write_variant(folder / "sugar", sugar)
-    write_variant(folder / "i2v", Transformer(Config(**BASE, in_channels=32)))
-    adapter = Adapter(rank=8, alpha=4.0)
-    inject(base, adapter.rank, adapter.alpha)
-    for key, tensor in lora_state_dict(base).items():
-        if ".lora_B." in key:
-            nn.init.normal_(tensor, std=0.05)  # an adapter at zero would change nothing
-    save_adapter(base, folder / "switch", adapter)
 
 
 # --- what they learn ---------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageSequence
 
 import media
 import sample
-import toy_networks
+import untrained
 
 ROOT = Path(sample.__file__).resolve().parent
 SMALL = "--steps 2 --frames 9 --height 32 --width 48"
@@ -43,7 +43,7 @@ def one_thread():
 def base(tmp_path_factory):
     """The untrained toy: a T2V base, and in it a Switch adapter, a SUGAR model and an image-to-video model."""
     folder = tmp_path_factory.mktemp("models") / "toy"
-    toy_networks.init(folder)
+    untrained.init(folder)
     return folder
 
 

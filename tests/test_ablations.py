@@ -10,9 +10,9 @@ import evaluate
 import figures
 import measure
 import sample
-import toy_networks
 import train_sugar
 import train_switch
+import untrained
 from ablations import ABLATIONS, SCORES, Finding
 from run_ablations import difference, no_verdict, over_seeds, parsed, trained, verdict
 
@@ -21,7 +21,7 @@ from run_ablations import difference, no_verdict, over_seeds, parsed, trained, v
 def test_flags_and_findings_are_known(name):
     ablation = ABLATIONS[name]
     for variant in ablation.variants.values():
-        {"switch": train_switch, "sugar": train_sugar}[ablation.method].parse(variant.train.split())
+        {"switch": train_switch, "sugar": train_sugar}[ablation.method].parse((variant.train or "").split())
         for sweep in ablation.sweep:
             sample.parse(["--prompt", "a", *variant.sample.split(), *sweep.split()])
     assert ablation.control in ablation.variants
@@ -42,7 +42,7 @@ def test_table_1_of_sugar_has_its_five_rows():
 
 def test_figures_6_and_7_of_sugar_have_the_design_that_the_paper_names():
     for name in ("sugar-strategy", "sugar-synthetic"):  # "we use the simplest attention design, which is design (e)"
-        assert all("--design e" in variant.train for variant in ABLATIONS[name].variants.values())
+        assert all("--design e" in (variant.train or "") for variant in ABLATIONS[name].variants.values())
 
 
 def test_students_interval():
@@ -83,9 +83,15 @@ def test_lines_are_compared_at_the_same_level(seed):
     apart = Finding("a claim", "movement", "a", "b", at="dino_i")
     far = line([0.95, 0.99], 0.0)
     assert np.isnan(difference(apart, far, less))
-    sliver = line([0.59, 0.7, 0.9], 0.3)  # hardly any
-    assert np.isnan(difference(apart, sliver, less))
-    assert "no verdict (hardly a common level of DINO-I)" in verdict(apart, {"a": [far] * 3, "b": [less] * 3}, 64, "")
+    judged = lambda *rows: verdict(apart, dict(zip("ab", rows)), 64, "")
+    assert "no verdict (hardly a common level of DINO-I)" in judged([far] * 3, [less] * 3)
+    # Whether there are enough common levels is asked of the lines' means over the seeds: 0.1 of 0.4, 0.25 of 0.4.
+    assert "no verdict (hardly a common level of DINO-I)" in judged([more] * 3, [less] * 3)
+    half = line([0.35, 0.7, 0.9], 0.3)
+    assert "at the same DINO-I (50% of the shorter line)" in judged([half] * 3, [less] * 3) and "| holds" in judged([half] * 3, [less] * 3)
+    lower, higher = (line([level + by for level in (0.4, 0.7, 0.8)], 0.3) for by in (-0.1, 0.1))  # 0.3 and 0.1 of 0.4
+    assert "(50% of the shorter line)" in judged([lower, higher] * 2, [less] * 4)
+    assert "not measured" in verdict(Finding("", "movement", "a", "b", at="clip_t"), {"a": [more] * 3, "b": [less] * 3}, 64, "")
     # Exact scores are counts, so levels tie: a tie is its mean, in whatever order, and a row of one level is no line.
     exact = Finding("", "movement", "a", "b", at="identity")
     tied = [{"identity": i, "movement": m} for i, m in ((0.1, 0.1), (0.1, 0.5), (0.3, 0.7))]
@@ -96,7 +102,7 @@ def test_lines_are_compared_at_the_same_level(seed):
 
 
 def test_a_short_run_or_one_that_has_learnt_nobody_gives_no_verdict(tmp_path):
-    toy_networks.init(tmp_path / "toy")
+    untrained.init(tmp_path / "toy")
     usual = {"count": 64, "sampling_steps": 25, "seeds": 3, "quick": False, "train": "", "model": tmp_path / "toy", "out": tmp_path, "device": None}
     reason = lambda identity=0.5, **more: no_verdict(
         ABLATIONS["switch-cls"], {"with <cls>": [[{"identity": identity}]] * 3}, SimpleNamespace(**usual | more))
@@ -104,10 +110,12 @@ def test_a_short_run_or_one_that_has_learnt_nobody_gives_no_verdict(tmp_path):
     assert "fewer than 3 seeds" in reason(seeds=2) and "--quick" in reason(quick=True)
     assert all("fewer than 2000 steps" in reason(**less) for less in ({"count": 63}, {"sampling_steps": 24}, {"train": "--steps 1"}))
     assert "does not know its subjects" in reason(2 / 16) and "does not know" not in reason(0.2)
+    changed = {"with <cls>": [[{"identity": 0.1, "own_look": 0.4}]] * 3}  # looks may hide whom it knows
+    assert no_verdict(ABLATIONS["switch-cls"], changed, SimpleNamespace(**usual)) == ""
 
 
 def test_what_a_run_depends_on_tells_it_apart(tmp_path):
-    toy_networks.init(tmp_path / "toy")
+    untrained.init(tmp_path / "toy")
     args = SimpleNamespace(model=tmp_path / "toy", out=tmp_path, device=None)
     name = lambda flags: parsed("sugar", flags, 0, args)[0].out
     assert name("--p 0.5 --strategy tsf") == name("--strategy tsf") != name("--strategy ts")
@@ -122,7 +130,7 @@ def test_what_a_run_depends_on_tells_it_apart(tmp_path):
 
 
 def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys):
-    toy_networks.init(tmp_path / "toy")
+    untrained.init(tmp_path / "toy")
     known = {"identity": 0.5, "motion": 1.0, "background": 0.0, "look": 1.0, "movement": 0.3}
     monkeypatch.setattr(measure, "score", lambda *_: known)  # which takes a second for each video
     command = lambda name: ["ablate", name, "--quick", "--model", str(tmp_path / "toy"), "--out", str(tmp_path / "out"), "--device", "cpu"]
@@ -138,6 +146,11 @@ def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys)
     text = (out / "sugar-synthetic.md").read_text()
     assert text.count("| TSF-Video --omega-image") == 3 and "at the same Subject consistency" in text
     assert len(list(out.glob("first-*"))) == 1 and len(list(out.glob("sugar-*/real/checkpoints"))) == 1  # trained once, for both
+    # Ways to sample from the toy's own model, which is not trained.
+    assert evaluate.main(command("sugar-guidance")) == 0
+    text = (out / "sugar-guidance.md").read_text()
+    assert "Nothing is trained." in text and text.count("| image ") == 5 and len(list(out.glob("sugar-own-*/videos-*/videos/*.mp4"))) == 10
+    assert evaluate.main([*command("sugar-guidance"), "--train=--compile"]) == 2 and "trains nothing" in capsys.readouterr().err
     # Once more: nothing is trained or sampled again. What another ablation needs as well is there.
     for trainer in (train_switch, train_sugar):
         monkeypatch.setattr(trainer, "run", lambda args: pytest.fail("it trained again"))

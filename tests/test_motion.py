@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from test_i3d import PUBLISHED, random_weights
 
 import evaluate
+import media
 import motion
-import toy_networks
+import untrained
 import world
 from data import Broken
 from media import Clip
@@ -39,7 +42,7 @@ def test_flow_is_taken_from_the_first_frame():
 
 
 def test_the_protocol_from_videos_to_distances(tmp_path, capsys, monkeypatch):
-    toy_networks.init(tmp_path / "toy")
+    untrained.init(tmp_path / "toy")
     motions = ["still", "left", "right", "still", "up", "down"]
 
     def masked(rng, split):
@@ -66,6 +69,40 @@ def test_the_protocol_from_videos_to_distances(tmp_path, capsys, monkeypatch):
     assert "were made with seed = 0, and now it is 1" in capsys.readouterr().err, "videos of other clips are not reused"
     table = (tmp_path / "run" / "table.md").read_text()
     assert table.startswith(found["by"]) and table.splitlines()[-1].count("videos)") == len(found["classes"])
+
+
+def test_videos_of_ones_own_with_i3d(tmp_path, capsys, monkeypatch):
+    """Real files, with a segmenter that always says the middle; what cannot be used is listed, and so is what was damaged later."""
+    untrained.init(tmp_path / "toy")
+    data, out = tmp_path / "data", tmp_path / "run"
+    for i, scene in enumerate(("left", "still", "up")):
+        media.save_video(world.render(world.sample_scene(np.random.default_rng(i), "test", motion=scene)), data / f"{i}.mp4", 8, {})
+    media.save_video(np.zeros((1, 64, 64, 3), np.uint8), data / "one.mp4", 8, {})
+    (data / "damaged.mp4").write_bytes(b"nothing")
+    names = ("0.mp4", "1.mp4", "2.mp4", "one.mp4", "damaged.mp4", "gone.mp4")
+    (data / "videos.csv").write_text("video,caption\n" + "".join(f"{name},a creature\n" for name in names))
+    torch.save(random_weights(PUBLISHED), tmp_path / "i3d.pt")
+    middle = np.zeros((64, 64), np.uint8)
+    middle[16:48, 16:48] = 255
+    monkeypatch.setattr(motion, "GroundedSAM", lambda *_: lambda image, noun: Image.fromarray(middle))
+    monkeypatch.setattr(motion, "find", lambda *_: tmp_path / "toy" / "dino")
+    command = ["motion", "--out", str(out), "--data", str(data / "videos.csv"), "--own", str(tmp_path / "toy"), "--device", "cpu", "--i3d",
+               str(tmp_path / "i3d.pt"), "--camera", "1000", "--small", "999", "--medium", "1000", "--frames", "9", "--height", "64",
+               "--width", "64", "--", "--model", str(tmp_path / "toy"), "--adapter", str(tmp_path / "toy" / "switch"), "--steps", "1"]
+    assert evaluate.main([*command, "--frames", "17"]) == 2 and "--frames is not for sample.py here" in capsys.readouterr().err
+    assert evaluate.main(command) == 0
+    rows = {row["id"]: row for row in map(json.loads, (out / "classes.jsonl").read_text().splitlines())}
+    assert len(rows) == 6 and sum(row["kept"] for row in rows.values()) == 3
+    assert all(any(name in row.get("why", "") for row in rows.values()) for name in names[3:])
+    found = json.loads((out / "motion.json").read_text())
+    assert "FVD, by I3D" in found["by"] and found["classes"]["small"]["videos"] == 3 and found["classes"]["small"]["distance"] >= 0
+    assert not found["unreadable"] and "unreadable" not in (out / "table.md").read_text()
+    first = sorted((out / "videos").glob("*.mp4"))[0]
+    first.write_bytes(b"damaged")
+    assert evaluate.main(command) == 0
+    found = json.loads((out / "motion.json").read_text())
+    assert list(found["unreadable"]) == [first.stem] and found["classes"]["small"]["videos"] == 2
+    assert f"unreadable: {first}" in (out / "table.md").read_text()
 
 
 def test_what_training_saw_is_left_out(tmp_path, seed):

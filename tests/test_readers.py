@@ -298,10 +298,11 @@ def test_triplets(videos, tmp_path):
     Image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(tmp_path / "subject.png")
     lines = [{"video": "video.mp4", "text": "a golden lamp", "image": "subject.png", "noun": "lamp"},
              {"video": "video.mp4", "text": "a lamp", "image": "gone.png"}]
-    (tmp_path / "triplets.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines[0]["text"] = "a golden\u2028lamp"  # a line's end to Unicode, not to JSON
+    (tmp_path / "triplets.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n\n")
     data = Triplets(tmp_path, CLIP)
     example = data[0]
-    assert (example.text, example.noun, example.image.size) == ("a golden lamp", "lamp", (30, 20))
+    assert (example.text.split(), example.noun, example.image.size) == (["a", "golden", "lamp"], "lamp", (30, 20))
     assert np.asarray(example.image).min() == 255 and example.video.shape == (9, 48, 64, 3)
     with pytest.raises(Broken, match="gone.png"):
         data[1]

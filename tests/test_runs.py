@@ -203,11 +203,15 @@ def test_a_finished_stage_of_another_run_is_refused_by_name_and_restart_drops_it
 def test_a_run_begun_anew_is_resumed_from_its_own_checkpoints(base, tmp_path):
     finish(start("train_switch.py", base, tmp_path / "run", SWITCH + " --steps 6 --keep 1"))
     (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")  # a larger disk, where other things lie too
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "toy").mkdir()
     process = start("train_switch.py", base, tmp_path / "run", SWITCH + " --steps 400 --keep 1 --restart")
     wait_for_steps(process, tmp_path / "run", 3)
     process.kill()
     process.communicate()
     assert last_checkpoint(tmp_path / "run" / "checkpoints")[1]["settings"]["steps"] == 400
+    assert (tmp_path / "elsewhere" / "toy").is_dir() and not (tmp_path / "elsewhere" / "step-000006").exists()
 
 
 def test_the_second_of_two_stages_has_a_schedule_of_its_own_and_goes_on_from_the_first(base, tmp_path):

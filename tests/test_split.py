@@ -13,7 +13,7 @@ from conftest import relative_error
 
 import distributed
 import media
-import toy_networks
+import untrained
 from checkpoint import BadInput
 from model import Config, Transformer
 
@@ -48,7 +48,7 @@ def test_ranks_share_each_training_sample(ranks, sequence, recompute, tmp_path, 
 
 @pytest.mark.parametrize("ranks,groups,within", [(2, 2, 1), (3, 1, 3)])
 def test_sample_splits_one_video(ranks, groups, within, tmp_path):
-    toy_networks.init(tmp_path / "toy")
+    untrained.init(tmp_path / "toy")
     common = ["--model", tmp_path / "toy", "--adapter", tmp_path / "toy" / "switch", "--image", ROOT / "examples" / "creature.png", "--prompt",
               "a creature jumps", "--steps", "3", "--device", "cpu", "--guidance", "6"]
     done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *map(str, common), "--out", str(tmp_path / "one.mp4")],

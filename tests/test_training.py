@@ -20,6 +20,7 @@ import distributed
 import toy_networks
 import train_sugar
 import train_switch
+import untrained
 from checkpoint import BadInput
 from data import Encoder, OneFrame, Stream, Toy, ToyTest, posterior_sample, shuffled
 from diffusion import alpha_bar_schedule
@@ -476,7 +477,7 @@ def test_what_an_example_is_encoded_to(stream, sugar, encoders):
     assert encoded["mean"].shape == encoded["std"].shape == (16, T, 8, 8)
     assert encoded["text"].shape == (toy_networks.TOKENS, toy_networks.TEXT_DIM)
     if sugar:
-        assert encoded["dino"].shape == encoded["clip"].shape == (toy_networks.IMAGE_TOKENS, toy_networks.IMAGE_DIM)
+        assert encoded["dino"].shape == encoded["clip"].shape == (untrained.IMAGE_TOKENS, toy_networks.IMAGE_DIM)
     else:
         assert encoded["ref_mean"].shape == ((1 if stream == "pairs" else 4), 16, 8, 8)
     assert {value.dtype for value in encoded.values()} == {torch.float16}
@@ -520,6 +521,11 @@ def test_the_posterior_is_sampled_with_its_deviation(seed):
     (train_switch.main, "--strategy video-only --p 0", "--p 0.0 of the steps are none"),
     (train_switch.main, "--validate-count -1", "--validate-count -1: choose 0 or more"),
     (train_switch.main, "--out {base}/model_index.json --model {base}", "model_index.json is a file: give a folder"),
+    (train_switch.main, "--out {base}/model_index.json/new --model {base}", "model_index.json is a file: give a folder"),
+    (train_switch.main, "--seed 18446744073709551616", "a seed is a whole number from 0 to 2^63 - 1"),
+    (train_switch.main, "--out {base} --restart", "and no settings.json says that a run of this trainer made it"),  # the base itself
+    (train_switch.main, "--out {base}/switch", "pytorch_lora_weights.safetensors, and no settings.json says"),
+    (train_sugar.main, "--out {base}/sugar --restart", "transformer, and no settings.json says"),  # another's model
     (train_switch.main, "--validate-on nowhere.jsonl", "nowhere.jsonl cannot be read"),
     (train_switch.main, "--model nowhere", "There is no folder nowhere"),
     (train_switch.main, "--model {base}/i2v", "Switch cannot stand on"),
