@@ -86,9 +86,13 @@ class ToyTest:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, i: int) -> Example:
+    def scene(self, i: int) -> tuple[world.Scene, np.random.Generator]:
+        """What the text asks for, and the randomness of its words."""
         rng = np.random.default_rng((self.seed, 99, i))
-        scene = world.sample_scene(rng, "test", look=self.looks[rng.integers(len(self.looks))])
+        return world.sample_scene(rng, "test", look=self.looks[rng.integers(len(self.looks))]), rng
+
+    def __getitem__(self, i: int) -> Example:
+        scene, rng = self.scene(i)
         others = world.candidates(scene.subject, rng)
         return Example(world.render(scene), world.caption(scene, rng), media.on_white(Image.fromarray(world.portrait(scene.subject))),
                        world.NOUN, lambda video: measure.score(video, scene, others))
@@ -269,7 +273,7 @@ class Stream:
 
 
 if __name__ == "__main__":
-    import cache
+    import cache  # which imports this file, under its own name
     import distributed
 
     distributed.leave(cache.main())

@@ -59,13 +59,14 @@ def histogram(values: Sequence[float], title: str, least: float | None = None, b
     return image
 
 
-def stacked(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
-    """One below the other."""
-    page = Image.new("RGB", (max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap), "white")
-    top = 0
-    for picture in pictures:
-        page.paste(picture, (0, top))
-        top += picture.height + gap
+def tiled(pictures: Sequence[Image.Image], columns: int = 1, gap: int = 8) -> Image.Image:
+    """In rows of so many."""
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    wide, high = max(p.width for p in pictures) + gap, [max(p.height for p in row) + gap for row in rows]
+    page = Image.new("RGB", (wide * min(columns, len(pictures)) - gap, sum(high) - gap), "white")
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            page.paste(picture, (j * wide, sum(high[:i])))
     return page
 
 

@@ -64,6 +64,10 @@ def digest(*what) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def weights_of(model: Path) -> str | None:
+    return checkpoint.fingerprint(*(checkpoint.part(model, part) for part in evaluate.MADE_BY))
+
+
 def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace, dict]:
     """The trainer's arguments, and what its weights depend on but the seed."""
     trainer, device = {"switch": train_switch, "sugar": train_sugar}[method], ["--device", args.device] if args.device else []
@@ -71,8 +75,7 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     set_defaults(options, trainer.DEFAULTS, toy=True)
     if method == "sugar" and options.strategy == "mix":
         options.steps *= 2
-    weights = checkpoint.fingerprint(*(checkpoint.part(args.model, part) for part in evaluate.MADE_BY))
-    settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights, "recipe": RECIPE}
+    settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights_of(args.model), "recipe": RECIPE}
     if getattr(options, "synthetic", None) == "image":
         settings["frames of a video"] = OneFrame.EACH
     if getattr(options, "second_steps", None):  # which the first stage does not depend on
@@ -120,10 +123,15 @@ def with_scales(method: str, flags: str, model: Path) -> list[str]:
 
 def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) -> tuple[dict[str, float], Path, float]:
     """The mean of each score over the videos of one training, sampled one way; the training; and the seconds that a video took."""
-    run, way = trained(ablation.method, variant, seed, args), with_scales(ablation.method, f"{variant.sample} {sweep}", args.model)
-    folder = run / f"videos-{digest(way, ablation.looks, args.count, args.sampling_steps)}"
+    if variant.train is None:
+        run = args.model / ablation.method
+        videos = args.out / f"{ablation.method}-own-{digest(weights_of(run))}-{seed}"
+    else:
+        run = videos = trained(ablation.method, variant, seed, args)
+    way = with_scales(ablation.method, f"{variant.sample} {sweep}", args.model)
+    folder = videos / f"videos-{digest(way, ablation.looks, args.count, args.sampling_steps)}"
     # The base that was only shown videos has no reference to be given.
-    blind = ["--no-image"] if "video-only" in variant.train else []
+    blind = ["--no-image"] if variant.train and "video-only" in variant.train else []
     model = ["--model", str(args.model), "--adapter", str(run)] if ablation.method == "switch" else ["--model", str(run)]
     device, took = ["--device", args.device] if args.device else [], folder / "took.json"
     with locked(folder):
@@ -147,7 +155,7 @@ def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) ->
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5%, by seeds
 FEWEST = 3  # seeds for a verdict
-COMMON = 0.2  # how much of the shorter line must have levels in common with the other
+COMMON = 0.5  # how much of the shorter line must have levels in common with the other; where less has, noise in the levels decides
 KNOWN = 2 / 16  # the identity that the control must be above: twice chance
 Line = list[dict[str, float]]  # the scores of one row and seed, for each way to sample
 
@@ -161,19 +169,33 @@ def over_seeds(values: list[float], least: float = 0.0) -> Interval:
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
+def values_of(line: Line, name: str) -> np.ndarray:
+    return np.array([np.nan if point.get(name) is None else point[name] for point in line], dtype=float)
+
+
+def common_levels(*levels: np.ndarray) -> tuple[float, float, float]:
+    """The range of levels that two lines have in common, and how much it is of the shorter one's; 0 or less where they have none."""
+    low, high = max(each.min() for each in levels), min(each.max() for each in levels)
+    shorter = min(np.ptp(each) for each in levels)
+    return low, high, (high - low) / shorter if shorter > 0 else 0.0
+
+
+def overlap(at: str, *rows: list[Line]) -> float:
+    """How much of the shorter of two rows' lines, averaged over the seeds, has levels of a score in common with the other."""
+    return common_levels(*(np.mean([values_of(line, at) for line in row], axis=0) for row in rows))[2]
+
+
 def difference(finding: Finding, more: Line, less: Line) -> float:
     """By how much one row is above the other, for one seed: the mean over their lines, or over the part of them in which they have
-    the same levels of another score. NaN where that part is too small, or there is no score."""
-    score = lambda line, name: np.array([np.nan if point.get(name) is None else point[name] for point in line], dtype=float)
+    the same levels of another score. NaN where there is no such part, or no score."""
     if not finding.at:
-        return float(np.mean(score(more, finding.score) - score(less, finding.score)))
+        return float(np.mean(values_of(more, finding.score) - values_of(less, finding.score)))
     lines = []
     for line in (more, less):
-        levels, number = np.unique(score(line, finding.at), return_inverse=True)
-        lines.append((levels, np.bincount(number, score(line, finding.score)) / np.bincount(number)))  # of ties the mean
-    low, high = max(levels[0] for levels, _ in lines), min(levels[-1] for levels, _ in lines)
-    shorter = min(levels[-1] - levels[0] for levels, _ in lines)
-    if not (high > low and high - low >= COMMON * shorter):
+        levels, number = np.unique(values_of(line, finding.at), return_inverse=True)
+        lines.append((levels, np.bincount(number, values_of(line, finding.score)) / np.bincount(number)))  # of ties the mean
+    low, high, share = common_levels(*(levels for levels, _ in lines))
+    if not share > 0:
         return float("nan")
     common = np.linspace(low, high, 21)
     one, two = (np.interp(common, *line) for line in lines)
@@ -191,7 +213,8 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
         return f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling ({given['steps']}, {args.count}, {args.sampling_steps})"
     if given != usual | {"steps": given["steps"]}:
         return f"trained with {args.train}"
-    _, low, _ = over_seeds([max(point["identity"] for point in line) for line in results[ablation.control]], 1 / args.count)
+    known = lambda point: point.get("own_look", point["identity"])  # changed looks hide it
+    _, low, _ = over_seeds([max(map(known, line)) for line in results[ablation.control]], 1 / args.count)
     return "" if low > KNOWN else f"the control, {ablation.control!r}, does not know its subjects"
 
 
@@ -202,19 +225,25 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
     differences = between(finding.more, finding.less) - (between(*finding.than) if finding.than else 0)
     coarse = finding.score in ("identity", "motion", "background_exact", "look", "dynamic")
     mean, low, high = over_seeds(differences, coarse / count)
-    if not np.isfinite(mean):
-        said = f"no verdict (hardly a common level of {TITLES[finding.at]})" if finding.at else "not measured"
+    pairs = [(finding.more, finding.less), *([finding.than] if finding.than else [])]
+    share = min(overlap(finding.at, *map(results.get, pair)) for pair in pairs) if finding.at else 1.0
+    names = filter(None, (finding.score, finding.at))
+    measured = all(np.isfinite(values_of(line, name)).all() for name in names for pair in pairs for row in pair for line in results[row])
+    if not measured:
+        said = "not measured"
+    elif share < COMMON or not np.isfinite(mean):
+        said = f"no verdict (hardly a common level of {TITLES[finding.at]})"
     elif reason:
         said = f"no verdict ({reason})"
     else:
         low_enough, high_enough = low > -finding.margin, high < -finding.margin
         said = "holds" if low_enough else "does not hold: the opposite was measured" if high_enough else "undecided"
-    where = f", at the same {TITLES[finding.at]}" if finding.at else ""
+    where = f", at the same {TITLES[finding.at]} ({max(share, 0):.0%} of the shorter line)" if finding.at and measured else ""
     within = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
     margin = f", margin {finding.margin}" if finding.margin else ""
     rows = f"{finding.more} minus {finding.less}" + (f", that minus ({finding.than[0]} minus {finding.than[1]})" if finding.than else "")
-    measured = f"{TITLES[finding.score]}: {rows}{where} = {mean:+.3f}{within}{margin}"
-    return f"| {finding.claim} | {measured} | {said} |"
+    found = f"{TITLES[finding.score]}: {rows}{where} = {mean:+.3f}{within}{margin}"
+    return f"| {finding.claim} | {found} | {said} |"
 
 
 def run(args) -> None:
@@ -222,15 +251,20 @@ def run(args) -> None:
     checkpoint.check_out(args.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("An ablation is one process: start several, of other names, beside each other; they share their runs.")
+    ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
+    to_train = [variant for variant in ablation.variants.values() if variant.train is not None]
+    if args.train and not to_train:
+        raise BadInput(f"{args.name} trains nothing, so --train has no effect: leave it out.")
+    if len(to_train) < len(ablation.variants) and not (args.model / ablation.method).is_dir():
+        raise BadInput(f"{args.model} has no folder {ablation.method}, and {args.name} samples from the toy's own model there.")
     own = {"seed": 0, "model": str(args.model), "device": args.device}
-    for variant in ABLATIONS[args.name].variants.values():  # before the first training
-        options, _ = parsed(ABLATIONS[args.name].method, f"{variant.train} {args.train}", 0, args)
+    for variant in to_train:  # before the first training
+        options, _ = parsed(ablation.method, f"{variant.train} {args.train}", 0, args)
         for flag, value in own.items():
             if getattr(options, flag) != value:
                 raise BadInput(f"--train {args.train!r}: --{flag} is the ablation's own to give.")
-        if ABLATIONS[args.name].method == "sugar":
+        if ablation.method == "sugar":
             train_sugar.stages_of(options)  # a row may have one stage where another has two
-    ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
     if args.quick:
         args.out, args.count = args.out / "quick", 2
     args.out.mkdir(parents=True, exist_ok=True)
@@ -240,7 +274,7 @@ def run(args) -> None:
         for label, variant in ablation.variants.items():
             points = [scored(ablation, variant, sweep, seed, args) for sweep in ablation.sweep]
             results[label].append([scores for scores, _, _ in points])
-            runs |= {run for _, run, _ in points}
+            runs |= {run for _, run, _ in points if variant.train is not None}
             seconds += [args.count * each for _, _, each in points]
     path = write(args, ablation, results, [checkpoint.read_json(run / "done.json") for run in runs], sum(seconds))
     print(f"\n{path.read_text()}\nwrote {path} and .png")
@@ -256,10 +290,11 @@ def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[d
         f" [{interval[1]:.3f}, {interval[2]:.3f}]" if np.isfinite(interval[1]) else "")
     steps, trained_for = (sum(run[name] for run in runs) for name in ("step", "seconds"))
     reason = no_verdict(ablation, results, args)
+    trainings = (f"{len(runs)} trainings, which ablations share: {steps:,} steps at {trained_for / steps:.2f} s = "
+                 f"{trained_for / 3600:.2f} hours." if runs else "Nothing is trained.")
     lines = [f"# {args.name}: {ablation.source}", "",
              f"{len(next(iter(results.values())))} seeds, {args.count} videos each{f', trained with {args.train}' if args.train else ''}. "
-             f"{len(runs)} trainings, which ablations share: {steps:,} steps at {trained_for / max(steps, 1):.2f} s = "
-             f"{trained_for / 3600:.2f} hours. Videos, made and scored: {seconds / 3600:.2f} hours."
+             f"{trainings} Videos, made and scored: {seconds / 3600:.2f} hours."
              f"{' A quick try: the numbers mean nothing.' * args.quick} {ablation.note}".rstrip(), "",
              "DINO-I, CLIP-I, CLIP-T and the consistencies are by the toy's own networks, the dynamic degree by a classical estimator of "
              "optical flow, what is exact by the world itself. Not measured: motion smoothness, as AMT-S needs frames of 128 pixels, and "
@@ -271,9 +306,9 @@ def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[d
              *(verdict(finding, results, args.count, reason) for finding in ablation.findings)]
     checkpoint.write_text(args.out / f"{args.name}.md", "\n".join(lines) + "\n")
     if ablation.pictures:
-        picture = figures.stacked([
+        picture = figures.tiled([
             figures.scatter({label: [(row[x], row[y]) for row in rows] for label, rows in table.items()}, TITLES[x], TITLES[y],
-                            f"{args.name} ({ablation.source})") for x, y in ablation.pictures])
+                            f"{args.name} ({ablation.source})") for x, y in ablation.pictures], columns=2)
     else:
         picture = figures.bars({TITLES[name]: {label: rows[0][name] for label, rows in table.items()} for name in names},
                                f"{args.name} ({ablation.source})")

@@ -123,7 +123,7 @@ class Run:
         if limits:
             charts = [figures.histogram([row[score] for row in rows if score in row], score, least)
                       for score, least in limits.items()]
-            media.save_image(figures.stacked(charts), self.out / f"{name}-scores.png")
+            media.save_image(figures.tiled(charts), self.out / f"{name}-scores.png")
 
 
 def pictures_of(file: Path, count: int = 5) -> list[Image.Image]:
