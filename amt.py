@@ -25,8 +25,8 @@ FIELDS = 3  # flows to each frame, in the end
 CHANNELS = (20, 32, 44, 56)  # of the features at 1/2, 1/4, 1/8 and 1/16
 SIDE = 20  # channels that pass two more convolutions in the decoders
 
-PUBLISHED = ("The authors publish amt-s.pth at https://huggingface.co/lalala125/AMT, for non-commercial use only (licence "
-             "CC BY-NC 4.0, https://github.com/MCG-NKU/AMT).")
+SOURCE = ("AMT's authors publish amt-s.pth at https://huggingface.co/lalala125/AMT, for non-commercial use only (licence "
+          "CC BY-NC 4.0, https://github.com/MCG-NKU/AMT).")
 
 
 def resized(x: Tensor, factor: float) -> Tensor:
@@ -227,10 +227,7 @@ class AMT(nn.Module):
 def load_amt(path: Path) -> AMT:
     """AMT-S with the published weights, amt-s.pth, or with the same tensors as safetensors; ready to use and frozen."""
     path = Path(path)
-    if not path.is_file():
-        what = ": it is a folder; give a file" if path.is_dir() else ""
-        raise BadInput(f"There are no weights of AMT-S at {path}{what}. {PUBLISHED}")
-    raw = read_published(path, inside="state_dict")
+    raw = read_published(path, SOURCE, inside="state_dict")
     model = AMT()
     fill_exactly(model, raw, {key: key for key in raw}, path, "AMT-S")
     return model.eval().requires_grad_(False)

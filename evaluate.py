@@ -38,7 +38,7 @@ import prompts
 import sample
 import world
 from ablations import ABLATIONS
-from checkpoint import BadInput, at_least, exit_status
+from checkpoint import BadInput, at_least, check_seed, exit_status
 from data import ToyTest
 from distributed import Ranks
 from lora import find_adapter
@@ -101,7 +101,7 @@ def generate(args: argparse.Namespace) -> None:
         if lost:
             raise BadInput(f"{flag} has no effect with {with_what}: leave one of them out.")
     at_least(1, args, "count")
-    at_least(0, args, "seed")
+    check_seed(args.seed)
     ranks = distributed.start(sample.parse([*args.sample, "--prompts", "list.jsonl"]).device)
     rows, photographs = rows_of(args), None
     if args.set != "toy":
@@ -168,7 +168,8 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
 # --- score ------------------------------------------------------------------------------------------------------------
 
 # What was scored by other code is scored again.
-CODE = checkpoint.fingerprint(*(Path(__file__).with_name(f"{name}.py") for name in ("world", "measure", "scorers", "flow", "amt", "viclip")))
+CODE = checkpoint.fingerprint(*(Path(__file__).with_name(f"{name}.py") for name in ("world", "measure", "scorers", "flow", "amt", "viclip",
+                                                                                  "encoders", "media")))
 
 
 def read_videos(folder: Path) -> list[dict]:
@@ -193,7 +194,7 @@ def read_scores(folder: Path) -> dict[str, dict]:
     """The lines of scores.jsonl, by what they are of."""
     file, lines = folder / "scores.jsonl", {}
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        with suppress(ValueError):  # a run that was killed while it wrote may have left half a line
+        with suppress(ValueError, TypeError, KeyError):  # a run that was killed while it wrote may have left half a line
             read = json.loads(line)
             lines[read["of"]] = read
     return lines
@@ -201,6 +202,10 @@ def read_scores(folder: Path) -> dict[str, dict]:
 
 def check_complete(folder: Path, rows: list[dict]) -> None:
     """Raises where videos and prompts do not match."""
+    names = [row["name"] for row in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadInput(f"{folder / 'videos.jsonl'} has lines of one name ({checkpoint.some(twice)}): run evaluate.py generate again.")
     wanted, there = {f"{row['name']}.mp4" for row in rows}, {file.name for file in (folder / "videos").glob("[!.]*.mp4")}
     if wanted != there:
         parts = [f"{len(names)} {what} ({checkpoint.some(sorted(names))})" for what, names in
@@ -209,14 +214,21 @@ def check_complete(folder: Path, rows: list[dict]) -> None:
 
 
 def exact_scores(frames: np.ndarray, seed: int, looks: list[str], number: int) -> dict[str, float]:
-    """What the world itself says of a video of ToyTest(seed, looks)[number]."""
-    found = ToyTest(seed, tuple(looks))[number].measure(frames)
+    """What the world itself says of a video of ToyTest(seed, looks)[number]; of those that show the subject as it is, among others
+    that change its look, the identity once more."""
+    test = ToyTest(seed, tuple(looks))
+    found = test[number].measure(frames)
+    if len(looks) > 1 and test.scene(number)[0].look == "plain":
+        found["own_look"] = found["identity"]
     return {("background_exact" if name == "background" else name): value for name, value in found.items()}
 
 
 def score(args: argparse.Namespace) -> None:
     """Scores each folder's videos, every rank its share; those that scores.jsonl has already are not scored again."""
     ranks, which = distributed.start(args.device), set_of(args.folders, args.set)
+    listed = {folder: read_videos(folder) for folder in args.folders}
+    for folder, rows in listed.items():
+        check_complete(folder, rows)
     if args.fps is not None and not 0 < args.fps <= 1000:
         raise BadInput(f"--fps {args.fps:g}: choose more than 0 and at most 1000.")
     args.own = args.own or (Path("checkpoints/toy") if which == "toy" else None)
@@ -225,9 +237,7 @@ def score(args: argparse.Namespace) -> None:
     parts = (args.own, args.raft, args.amt, args.viclip, *map(Path, published.values()))
     weights = checkpoint.fingerprint(*(part for part in parts if part is not None and part.exists()))
     by, tables = [args.fps, scorers.by, weights, CODE], {}
-    for folder in args.folders:
-        rows = read_videos(folder)
-        check_complete(folder, rows)
+    for folder, rows in listed.items():
         done = {of for of, line in read_scores(folder).items() if "scores" in line}
         keys = {row["name"]: key_of(folder, row, by) for row in rows}
         todo = [row for row in rows if keys[row["name"]] not in done]
@@ -354,7 +364,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     s.add_argument("--own", type=Path, help="a checkpoint whose own CLIP and DINO stand in (the toy's: checkpoints/toy)")
     for name, hub in PUBLISHED.items():
         s.add_argument(f"--{name}", default=hub, help="folder or hub id (default: %(default)s)")
-    s.add_argument("--raft", type=Path, help="raft-things.pth; without it a classical estimator stands in")
+    s.add_argument("--raft", type=Path, help="raft-things.pth; with --own a classical estimator can stand in")
     s.add_argument("--amt", type=Path, help="amt-s.pth, whose licence forbids commercial use")
     s.add_argument("--viclip", type=Path, help="ViClip-InternVid-10M-FLT.pth")
     s.add_argument("--fps", type=float, help="of the videos (default: what their files say)")

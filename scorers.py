@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+import amt
 import checkpoint
+import flow
+import viclip
 from encoders import ImageEncoder, find, image_settings, load_network, load_tokenizer
-from flow import Flow, flow_magnitude
 from media import fit, image_to_tensor
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-PUBLISHED = {  # hub ids
+PUBLISHED = {  # hub ids; the networks of our own code have their source in flow.py (RAFT), amt.py, viclip.py and i3d.py
     "dino-b16": "facebook/dino-vitb16",  # VBench's subject consistency
     "dino-s16": "facebook/dino-vits16",  # DreamBooth's DINO-I
     "clip-b32": "openai/clip-vit-base-patch32",  # VBench's background consistency, DreamBooth's CLIP-I and CLIP-T
@@ -185,7 +187,7 @@ class Similarity:
 TITLES = {  # a score's name, and what tables call it; higher is better for all of them
     "dino_i": "DINO-I", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "viclip": "ViCLIP", "dynamic": "Dynamic degree",
     "smoothness": "Motion smoothness", "subject": "Subject consistency", "background": "Background consistency",
-    "identity": "identity (exact)", "motion": "motion (exact)", "background_exact": "background (exact)", "look": "look (exact)",
+    "identity": "identity (exact)", "own_look": "identity in its own look (exact)", "motion": "motion (exact)", "background_exact": "background (exact)", "look": "look (exact)",
     "movement": "movement (exact)",
 }
 
@@ -193,7 +195,8 @@ TITLES = {  # a score's name, and what tables call it; higher is better for all 
 class Scorers:
     """The networks that are there, and in `missing`, for each score that lacks one, what it needs; `by` says whose a score is.
 
-    own: a checkpoint whose own CLIP and DINO stand in for the published ones (the toy's). raft, amt, viclip: published weights.
+    own: a checkpoint whose own CLIP and DINO stand in for the published ones (the toy's), as a classical estimator of flow does for RAFT.
+    raft, amt, viclip: published weights.
     """
 
     def __init__(self, device="cpu", own: Path | None = None, published: dict[str, str] | None = None, raft: Path | None = None,
@@ -207,7 +210,7 @@ class Scorers:
             self.try_to(("subject",), names["dino-b16"], lambda: self.use_dino("subject", names["dino-b16"]))
             self.try_to(("dino_i",), names["dino-s16"], lambda: self.use_dino("dino", names["dino-s16"]))
             self.try_to(("clip_i", "clip_t", "background"), names["clip-b32"], lambda: self.use_clip(names["clip-b32"]))
-        self.try_to(("dynamic",), "flow", lambda: self.use_flow(raft))
+        self.try_to(("dynamic",), "flow", lambda: self.use_flow(raft, own))
         self.try_to(("smoothness",), "AMT-S", lambda: self.use_amt(amt))
         self.try_to(("viclip",), "ViCLIP", lambda: self.use_viclip(viclip))
 
@@ -241,26 +244,24 @@ class Scorers:
         self.of |= {"clip": lambda images: clip(pictures(images, clip.side)), "text": clip.text,
                     "background": lambda frames: clip(centre(resized(frames, clip.side, "bicubic"), clip.side))}
 
-    def use_flow(self, weights: Path | None) -> str:
-        flow = Flow(weights, self.device)
-        self.of["dynamic"] = lambda frames, fps: moves(frames, fps, lambda shown: flow_magnitude(shown, flow))
-        return flow.name
+    def use_flow(self, weights: Path | None, own: Path | None) -> str:
+        if weights is None and own is None:  # beside the papers' own rows stands no other estimator's number
+            raise checkpoint.BadInput(f"it needs RAFT's published weights: --raft raft-things.pth. {flow.SOURCE}")
+        estimator = flow.Flow(weights, self.device)
+        self.of["dynamic"] = lambda frames, fps: moves(frames, fps, lambda shown: flow.flow_magnitude(shown, estimator))
+        return estimator.name
 
     def use_amt(self, weights: Path | None) -> None:
-        from amt import load_amt, motion_smoothness
-
         if weights is None:
-            raise checkpoint.BadInput("it needs AMT-S's published weights: --amt amt-s.pth (their licence forbids commercial use)")
-        network = load_amt(weights).to(self.device)
-        self.of["smoothness"] = lambda frames: motion_smoothness(frames, network, self.device)
+            raise checkpoint.BadInput(f"it needs AMT-S's published weights: --amt amt-s.pth. {amt.SOURCE}")
+        network = amt.load_amt(weights).to(self.device)
+        self.of["smoothness"] = lambda frames: amt.motion_smoothness(frames, network, self.device)
 
     def use_viclip(self, weights: Path | None) -> None:
         if weights is None:
-            raise checkpoint.BadInput("it needs ViCLIP's published weights: --viclip ViClip-InternVid-10M-FLT.pth")
-        from viclip import load_viclip
-
+            raise checkpoint.BadInput(f"it needs ViCLIP's published weights: --viclip ViClip-InternVid-10M-FLT.pth. {viclip.SOURCE}")
         beside = (weights.parent / "vocab.json").exists()  # CLIP's tokenizer, where the hub cannot be asked
-        network = load_viclip(weights, *([weights.parent] if beside else [])).to(self.device)
+        network = viclip.load_viclip(weights, *([weights.parent] if beside else [])).to(self.device)
         self.of["viclip"] = network.overall_consistency
 
     def __call__(self, frames: np.ndarray, fps: float, text: str, subject: Image.Image | None) -> tuple[dict[str, float], dict[str, str]]:

@@ -17,6 +17,7 @@ from checkpoint import BadInput, fill_exactly, read_published
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 HEAD = 64  # channels of an attention head, in both encoders
+SOURCE = "ViCLIP's authors publish ViClip-InternVid-10M-FLT.pth at https://huggingface.co/OpenGVLab/VBench_Used_Models."
 TOKENIZER = "openai/clip-vit-large-patch14"  # on the hub
 
 
@@ -214,7 +215,7 @@ def load_tokenizer(where: str | Path, vocabulary: int):
 def load_viclip(path: str | Path, tokenizer: str | Path = TOKENIZER, sizes: Sizes = Sizes()) -> ViCLIP:
     """ViCLIP with the published weights (ViClip-InternVid-10M-FLT.pth, or safetensors), ready to use and frozen.
     tokenizer: folder or hub id of CLIP's."""
-    tensors = read_published(Path(path), inside="model")
+    tensors = read_published(Path(path), SOURCE, inside="model")
     vocabulary = load_tokenizer(tokenizer, sizes.vocabulary)
     with torch.device("meta"):
         model = ViCLIP(sizes, vocabulary)
