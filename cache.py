@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
-from checkpoint import BadInput, at_least, exit_status
+from checkpoint import BadInput, at_least, check_seed, exit_status
 from data import Encoder
 from distributed import Ranks
 from world import FRAMES, SIZE
@@ -195,6 +195,7 @@ def run(args: argparse.Namespace) -> None:
     from model import read_config
 
     at_least(1, args, "reference_frames")
+    check_seed(args.seed)
     if args.data is not None and (Path(args.data) / "index.json").exists():
         raise BadInput(f"--data {args.data} is a cache already: give the dataset that it was made of.")
     ranks = distributed.start(args.device)

@@ -1,5 +1,6 @@
 """Checkpoints on disk, in the diffusers layout: a folder for each network with a config.json and its weights as
-safetensors, in one file or in shards with an index. This file knows no network; it reads, checks and writes files.
+safetensors, in one file or in shards with an index. This file knows no network; it reads, checks and writes files, and it has what a
+command says, and its exit status, where it cannot go on (BadInput, exit_status).
 """
 
 import argparse
@@ -40,6 +41,11 @@ def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
             raise BadInput(f"--{name.replace('_', '-')} {value}: choose {least} or more.")
 
 
+def check_seed(seed: int, where: str = "--seed") -> None:
+    if not 0 <= seed < 2**63:
+        raise BadInput(f"{where} {seed}: a seed is a whole number from 0 to 2^63 - 1.")
+
+
 def exit_status(run: Callable[[], None], interrupted: str = "interrupted") -> int:
     """Runs a command. What a person gave wrong is said in one sentence and is status 2, and so is a disk that is full or closed to us;
     Ctrl-C is status 130."""
@@ -52,6 +58,10 @@ def exit_status(run: Callable[[], None], interrupted: str = "interrupted") -> in
         if getattr(error, "errno", None) not in CLOSED and not any(f"os error {number})" in str(error) for number in CLOSED):
             raise
         print(f"error: A file could not be read or written: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"error: The GPU's memory is full ({str(error).splitlines()[0]}): train with a smaller --micro-batch, with --recompute, or on "
+              f"more GPUs; sample with --low-memory, or fewer frames.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -265,8 +275,9 @@ def write_jsonl(file: Path, rows: list[dict]) -> None:
 
 def check_out(folder: Path) -> None:
     """Raises where --out names a file, before anything is written into it."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--out {folder} is a file: give a folder, which may be new.")
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise BadInput(f"--out {folder}{f': {path}' if path != folder else ''} is a file: give a folder, which may be new.")
 
 
 def remove_parts(folder: Path, below: str = "") -> None:
@@ -303,8 +314,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str = WEIGHTS, shard: int = SHARD) -> None:
-    """Writes config.json and the weights, sharded as diffusers does. The folder appears whole or not at all."""
+    """Writes config.json and the weights, sharded as diffusers does. The folder appears whole or not at all. One process at a time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for killed in folder.parent.glob(f".{folder.name}-????????"):  # many gigabytes may lie there
+        shutil.rmtree(killed, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         write_json(part / "config.json", config)
@@ -338,11 +351,11 @@ def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str
 # --- weights as other projects publish them ---------------------------------------------------------------------------
 
 
-def read_published(path: Path, inside: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors in a .safetensors file, or in a PyTorch file, of which nothing but tensors is unpickled. inside: the name
-    under which a PyTorch file may hold them, beside other things."""
+def read_published(path: Path, source: str, inside: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors in a .safetensors file, or in a PyTorch file, of which nothing but tensors is unpickled. source: a sentence,
+    where they are published. inside: the name under which a PyTorch file may hold them, beside other things."""
     if not path.is_file():
-        raise BadInput(f"There are no weights at {path}" + (": it is a folder; give a file." if path.is_dir() else "."))
+        raise BadInput(f"There are no weights at {path}{': it is a folder; give a file' if path.is_dir() else ''}. {source}")
     if path.suffix == ".safetensors":
         read_header(path)  # for its errors
         return load_file(path)

@@ -108,7 +108,7 @@ def denoise(predict: Callable[[Tensor, int], Tensor], x: Tensor, alpha_bar: Tens
     """
     x_0_before = a_before = None
     for t in progress(sampling_timesteps(steps)):
-        a_t, s = alpha_bar[t], t - T // steps
+        a_t, s = alpha_bar[t], t - T // steps  # where steps do not divide T not quite the next t: as in diffusers
         a_s = alpha_bar[s] if s >= 0 else torch.ones_like(a_t)
         v = predict(x, t).float()
         x_0 = a_t.sqrt() * x - (1 - a_t).sqrt() * v

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from attention import attention
 from checkpoint import BadInput
@@ -220,7 +221,7 @@ def recompute_blocks(blocks: list[nn.Module], keep_attention: bool) -> None:
     kept = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in kernels]
     selective = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if keep_attention else {}
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **selective)
+        block.forward = partial(recomputed, block.forward, use_reentrant=False, **selective)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Adapter:
     cls: str = "token"  # <cls> in the prompt: a "token" of its own, word "pieces", or "none"
 
 
+CHOICES = {"norm_lora": ("reference", "all"), "lora_tokens": ("all", "reference"), "cls": ("token", "pieces", "none")}
 # The released adapter's file says nothing about itself. This is how its public code in fact runs it.
 RELEASED = {"alpha": 64.0, "norm_lora": "all", "lora_tokens": "all", "cls": "pieces"}
 
@@ -263,16 +264,21 @@ def read_adapter(file: Path) -> Adapter:
         raw = (tensors.metadata() or {}).get(METADATA)
     try:
         settings = json.loads(raw) if raw else {}
-    except ValueError as error:
-        raise BadInput(f"The {METADATA} in {file} is not JSON ({error}).") from error
+        settings.items()
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"The {METADATA} in {file} is no JSON object ({error}).") from error
     for name in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
         if settings.get(PREFIX + name):
             raise BadInput(f"{file} was made with PEFT's {name}, which this code does not know.")
     known = dict(RELEASED)
-    known |= {name: float(settings[PREFIX + key]) for name, key in (("alpha", "lora_alpha"), ("dropout", "lora_dropout"))
+    known |= {name: settings[PREFIX + key] for name, key in (("alpha", "lora_alpha"), ("dropout", "lora_dropout"))
               if PREFIX + key in settings}
     names = {field.name for field in fields(Adapter)}
     known |= {key[len(OURS):]: value for key, value in settings.items() if key.startswith(OURS) and key[len(OURS):] in names}
+    for name, value in known.items():
+        if value not in CHOICES[name] if name in CHOICES else not isinstance(value, (int, float)):
+            wanted = " or ".join(CHOICES.get(name, ("a number",)))
+            raise BadInput(f"The {METADATA} in {file} says {name} = {value!r}, and it should be {wanted}.")
     return Adapter(**{**known, "rank": rank})
 
 

@@ -320,6 +320,8 @@ class Transformer(nn.Module):
 
         segments = None
         if config.sugar:
+            if reference.shape[1]:
+                raise ValueError("SUGAR's model takes no reference: to join both papers, give it a group of its own in attention.py.")
             image = torch.cat([self.image_tokens(dino, keep_dino, self.dino_proj, self.null_dino, config.dino_tokens, B),
                                self.image_tokens(clip, keep_clip, self.clip_proj, self.null_clip, config.clip_tokens, B)],
                               dim=1)

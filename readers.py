@@ -104,10 +104,10 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
         cache.check(encoder, stream)
         sizes = ("height",) if stream == "pairs" else ("frames", "height", "width", "fps")
         cache.check_clip({name: getattr(args, name) for name in sizes})
-        if args.share != 1:
+        if args.share != 1 and stream in ("videos", "subjects"):  # no other has shares
             raise BadInput(f"--share {args.share}: the cache {path} holds the share that it was written with; leave the flag out, or "
                            f"choose fewer by their number.")
-        encoder.null = cache.null()
+        encoder.null = cache.null()  # so that T5 need not be loaded
         dataset = cache
     elif stream == "pairs":
         dataset = Subjects200K(path, clip.height, clip.small)
@@ -336,7 +336,9 @@ class Triplets:
         if not self.path.is_file():
             raise BadInput(f"There is no {self.path}: synthesize.py writes it when its last stage is done.")
         self.rows = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(self.path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 self.rows.append((row["video"], row["text"], row["image"], row.get("noun")))

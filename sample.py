@@ -1,6 +1,6 @@
 """Image + prompt -> video.
 
-    python sample.py --image IMAGE --prompt TEXT                       the toy
+    python sample.py --image examples/creature.png --prompt "a creature is jumping" --adapter checkpoints/toy/switch    the toy
     python sample.py --model THUDM/CogVideoX-5b --adapter ADAPTER ...  Switch on the official weights
     python sample.py --model SUGAR_FOLDER ...                          a SUGAR model
     torchrun --nproc-per-node N sample.py --prompts FILE.jsonl ...     many videos, shared among GPUs
@@ -22,7 +22,7 @@ from pathlib import Path
 import checkpoint
 import distributed
 import media
-from checkpoint import BadInput, exit_status
+from checkpoint import BadInput, check_seed, exit_status
 from diffusion import T
 from encoders import GroundedSAM
 from pipeline import DTYPES, Request, Sampler, Settings
@@ -127,7 +127,7 @@ def read_requests(args: argparse.Namespace) -> list[Request]:
         raise BadInput(f"--out {args.out}: videos are written as .mp4 or .gif; a new folder ends in a slash.")
     if (args.prompt is None) == (args.prompts is None):
         raise BadInput("Give either --prompt TEXT or --prompts FILE.jsonl.")
-    check_seed(args.seed, "--seed")
+    check_seed(args.seed)
     common = Request("", args.negative_prompt, args.seed, out, args.image, args.mask, args.subject, args.noun)
     if args.prompt is not None:
         if not args.prompt.strip():
@@ -156,11 +156,6 @@ def read_listing(listing: Path, common: Request) -> list[Request]:
     if twice:
         raise BadInput(f"{listing} has the name {twice[0]} more than once.")
     return requests
-
-
-def check_seed(seed: int, where: str) -> None:
-    if not 0 <= seed < 2**63:
-        raise BadInput(f"{where} {seed}: a seed is a whole number from 0 to 2^63 - 1.")
 
 
 def read_line(line: str, number: int, listing: Path, common: Request) -> Request:

@@ -35,7 +35,7 @@ import checkpoint
 import distributed
 import media
 import world
-from checkpoint import BadInput, at_least, exit_status
+from checkpoint import BadInput, at_least, check_seed, exit_status
 from encoders import GroundedSAM, find
 from flow import Flow, flow_magnitude
 from pipeline import Request, Sampler
@@ -426,6 +426,7 @@ def check(args: argparse.Namespace, device: str) -> None:
 def run(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
     at_least(1, args, "count", "prompts", "steps")
+    check_seed(args.seed)
     check(args, str(ranks.device))
     for name in STAGES:
         if name in args.stages:

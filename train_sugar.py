@@ -154,10 +154,9 @@ def run(args: argparse.Namespace) -> None:
     check_sources({flags[name]: stream for name, stream in streams.items()})
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     if args.restart:
-        drop_earlier(ranks, *(args.out / part for part in ("transformer", "model_index.json", "settings.json")),
-                     *(args.out / name / part for name in ("mix", "real", "mixed") for part in
-                       ("checkpoints", "transformer", "settings.json", "metrics.jsonl", "validation", "validation.jsonl")),
-                     *(args.out / stream / "skipped.jsonl" for stream in ("subjects", "triplets")))
+        drop_earlier(args.out, ranks, "transformer", "model_index.json", *(f"{stage}/{part}" for stage in ("mix", "real", "mixed") for part in
+                     ("checkpoints", "transformer", "settings.json", "metrics.jsonl", "validation", "validation.jsonl")),
+                     "subjects/skipped.jsonl", "triplets/skipped.jsonl")
     claim(args, ranks)
     example = next(iter(streams.values()))[0]  # says how many image tokens there are, and how wide
     image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}

@@ -19,7 +19,7 @@ import distributed
 from checkpoint import BadInput, exit_status
 from data import Encoder, Stream, ToyTest, posterior_sample
 from diffusion import T, alpha_bar_schedule, training_loss
-from lora import Adapter, inject, save_adapter
+from lora import CHOICES, Adapter, inject, save_adapter
 from model import Config, Transformer, load_transformer, read_config
 from pipeline import check_switch_base, read_schedule
 from plan import print_plan
@@ -57,8 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-cls", action="store_true", help="no <cls> in the prompt; Table 5")
     for name, kind in (("rank", int), ("alpha", float), ("dropout", float)):
         p.add_argument(f"--{name}", type=kind, help=f"of the LoRA {default_of(name, DEFAULTS)}")
-    p.add_argument("--norm-lora", choices=["reference", "all"], default="reference", help="whose norm is adapted; 3.3 (default: %(default)s)")
-    p.add_argument("--lora-tokens", choices=["all", "reference"], default="all", help="on whom the other LoRAs act (default: %(default)s)")
+    p.add_argument("--norm-lora", choices=CHOICES["norm_lora"], default="reference", help="whose norm is adapted; 3.3 (default: %(default)s)")
+    p.add_argument("--lora-tokens", choices=CHOICES["lora_tokens"], default="all", help="on whom the other LoRAs act (default: %(default)s)")
     Options.add_to(p, DEFAULTS, out=Path("runs/switch"), warmup=50)
     return p.parse_args(argv)
 
@@ -89,7 +89,7 @@ def phase_of(step: int, args: argparse.Namespace, run: str = "") -> str:
 
 
 def draw(encoded: dict[str, Tensor], g: torch.Generator, vae: VAEConfig, args: argparse.Namespace) -> tuple[Tensor, ...]:
-    """A training sample: x_0 and eps [T, 16, h, w], t, text, reference [16, h, w], which of its tokens are kept."""
+    """A training sample: x_0 and eps [T, 16, h, w], t, text, reference [16, h, w], which of its tokens are kept in the video phase."""
     x_0 = vae.scale(posterior_sample(encoded["mean"], encoded["std"], g)).transpose(0, 1)  # X_out
     frame = torch.randint(len(encoded["ref_mean"]), (), generator=g)  # RandomFrameSelect
     reference = vae.scale(posterior_sample(encoded["ref_mean"][frame], encoded["ref_std"][frame], g))  # X_in
@@ -155,9 +155,9 @@ def run(args: argparse.Namespace) -> None:
 
     held_out = held_out_subjects(args, clip, ToyTest(args.seed), streams, encoder, ranks)
     if args.restart:
-        drop_earlier(ranks, *(args.out / name / part for name in ("", "image", "video") for part in
-                              ("checkpoints", "metrics.jsonl", "validation", "validation.jsonl")), args.out / "settings.json",
-                     *(args.out / stream / "skipped.jsonl" for stream in ("pairs", "videos")), args.out / "pytorch_lora_weights.safetensors")
+        drop_earlier(args.out, ranks, *(f"{run}{part}" for run in ("", "image/", "video/") for part in
+                                        ("checkpoints", "metrics.jsonl", "validation", "validation.jsonl")),
+                     "pairs/skipped.jsonl", "videos/skipped.jsonl", "pytorch_lora_weights.safetensors")
     claim(args, ranks)
 
     torch.manual_seed(args.seed)

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
             raise BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: choose a probability from 0 to 1.")
     checkpoint.check_out(args.out)
     at_least(1, args, *counts, "steps", "micro_batch", "save_every", "validate_every", "keep")
-    at_least(0, args, "validate_count", "max_skipped", "warmup", "seed", "weight_decay")
+    at_least(0, args, "validate_count", "max_skipped", "warmup", "weight_decay")
+    checkpoint.check_seed(args.seed)
     for name in ("ema", "beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise BadInput(f"--{name} {getattr(args, name)}: choose a number from 0 to below 1.")
@@ -262,7 +264,7 @@ def train(model: nn.Module, options: Options, ranks: Ranks, batch_of: Callable[[
         bar.close()
         stopped = ranks.any(stop.asked)  # be it after the last step: there may be another stage
     if ranks.first and stopped:
-        print(f"stopped by a signal after step {saved}; the same command goes on from there", file=sys.stderr)
+        print(f"stopped by a signal after step {saved}; the same command, without --restart, goes on from there", file=sys.stderr)
     swap(trained, average)  # a finished run hands on the averaged weights
     return not stopped
 
@@ -287,22 +289,38 @@ def state_tensors(trained: dict[str, Tensor], held: dict[str, Tensor], optimizer
     return tensors
 
 
-def drop_earlier(ranks: Ranks, *parts: Path) -> None:
-    """--restart: what an earlier run left, files and folders, goes, so that nobody takes it for this one's. Not when torchrun has
-    started the ranks anew after one died: then it is this run's."""
+RESULTS = ("checkpoints/step-*", "transformer", "pytorch_lora_weights.safetensors")  # in --out
+
+
+def drop_earlier(out: Path, ranks: Ranks, *parts: str) -> None:
+    """--restart: what an earlier run left in `out`, files and folders, goes, so that nobody takes it for this one's; of checkpoints and
+    sheets of validation those that a run writes, and nothing else that may lie beside them. Not when torchrun has started the ranks
+    anew after one died: then it is this run's."""
     if ranks.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0):
         return
+    check_ours(out)
+    ranks.wait()  # all have looked
     if ranks.first:
-        for part in parts:
-            part.unlink() if part.is_file() else shutil.rmtree(part, ignore_errors=True)
+        for part in (out / part for part in (*parts, "settings.json")):
+            written = [*part.glob("step-*"), *part.glob(".step-*")] if part.name in ("checkpoints", "validation") else [part]
+            for path in written:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     ranks.wait()
+
+
+def check_ours(out: Path) -> None:
+    """Raises where there are results that no run of a trainer has noted as its own: another model, say, whose place ours would take."""
+    found = [str(path) for pattern in RESULTS for path in out.glob(pattern)]
+    if found and not (out / "settings.json").exists():
+        raise BadInput(f"--out {out} holds {checkpoint.some(found)}, and no settings.json says that a run of this trainer made it: choose "
+                       f"another --out.")
 
 
 def claim(args: argparse.Namespace, ranks: Ranks) -> None:
     """Notes in --out what the whole run is, be it of several stages, and raises where another run has its results there."""
     file, settings = args.out / "settings.json", settings_of(args)
-    results = ("checkpoints/step-*", "*/checkpoints/step-*", "*/transformer", "transformer", "pytorch_lora_weights.safetensors")
-    begun = any(found for pattern in results for found in args.out.glob(pattern))
+    check_ours(args.out)
+    begun = any(found for pattern in RESULTS for found in (*args.out.glob(pattern), *args.out.glob(f"*/{pattern}")))
     if begun and file.exists():
         check_settings(checkpoint.read_json(file), settings, args.out)
     ranks.wait()  # all have looked
@@ -325,8 +343,11 @@ def check_settings(old: dict, new: dict, out: Path) -> None:
 def keep_lines(file: Path, step: int) -> None:
     """Drops the lines of this step and later ones from a file of JSON lines: a killed run wrote them after its last checkpoint, the
     last one perhaps by half, and they will be written again."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < step]
+    lines, kept = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else [], []
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):  # half a line, or one that lost its power
+            if json.loads(line)["step"] < step and line.endswith("\n"):
+                kept.append(line)
     if len(kept) < len(lines):
         checkpoint.write_text(file, "".join(kept))
 

@@ -104,6 +104,7 @@ class Validation:
             given.dino, given.clip = (to(encoder([image])[0]) for encoder in self.encoder.image_encoders.values())
         elif self.with_reference:
             fitted = np.asarray(media.fit(example.image, height, width, "pad"))
+            # The posterior's mean, so that only training changes the sheets from step to step.
             given.reference = to(self.encoder.vae_config.scale(self.encoder.posterior(fitted[None])[0].float())[:, 0])
         T, h, w = latent_size(frames, height, width)
         x = noise_source(seed)(1, T, self.model.config.out_channels, h, w).to(self.ranks.device)
