@@ -101,6 +101,7 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
             at = (place(value, 0), bottom + 4) if i == 0 else (left - 6, place(value, 1))
             draw.text(at, f"{value:.2f}", fill=INK, font=font(11), anchor="mt" if i == 0 else "rm")
         draw.text(((left + right) / 2, height - 30) if i == 0 else (6, 44), name, fill=INK, font=font(), anchor="mt" if i == 0 else "lm")
+    taken: list[tuple[float, ...]] = []  # by names
     for number, (name, line) in enumerate(points.items()):
         colour, middles = COLOURS[number % len(COLOURS)], []
         for one, two in line:
@@ -114,9 +115,14 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
         if len(middles) > 1:
             draw.line(middles, fill=colour, width=2)
         if middles:
-            fits = middles[-1][0] + 7 + font(12).getlength(name) < width  # else it stands to the left
-            draw.text((middles[-1][0] + (7 if fits else -7), middles[-1][1] - 7), name, fill=colour, font=font(12),
-                      anchor="ls" if fits else "rs")
+            corners = [((middles[-1][0] + dx, middles[-1][1] + dy), ("l" if dx > 0 else "r") + ("s" if dy < 0 else "t"))
+                       for dx, dy in ((7, -7), (7, 7), (-7, -7), (-7, 7))]
+            boxes = [draw.textbbox(at, name, font(12), anchor) for at, anchor in corners]
+            apart = lambda a, b: a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+            free = [i for i, box in enumerate(boxes) if 0 < box[0] and box[2] < width and all(apart(box, other) for other in taken)]
+            (at, anchor), box = next(((corners[i], boxes[i]) for i in free), (corners[0], boxes[0]))
+            draw.text(at, name, fill=colour, font=font(12), anchor=anchor)
+            taken.append(box)
     return image
 
 
