@@ -60,8 +60,8 @@ def exit_status(run: Callable[[], None], interrupted: str = "interrupted") -> in
         print(f"error: A file could not be read or written: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
-        print(f"error: The GPU's memory is full ({str(error).splitlines()[0]}): train with a smaller --micro-batch, with --recompute, or on "
-              f"more GPUs; sample with --low-memory, or fewer frames.", file=sys.stderr)
+        print(f"error: The GPU's memory is full ({str(error).splitlines()[0]}): train with a smaller --micro-batch, with --recompute, or "
+              f"on more GPUs; sample with --low-memory, or fewer frames.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
@@ -343,7 +343,8 @@ def save(folder: Path, config: dict, tensors: dict[str, torch.Tensor], stem: str
         if folder.exists():
             os.replace(folder, old)
         os.replace(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        for replaced in folder.parent.glob(f".{folder.name}-????????-old"):  # now, or by a process that was killed then
+            shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

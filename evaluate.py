@@ -168,8 +168,8 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
 # --- score ------------------------------------------------------------------------------------------------------------
 
 # What was scored by other code is scored again.
-CODE = checkpoint.fingerprint(*(Path(__file__).with_name(f"{name}.py") for name in ("world", "measure", "scorers", "flow", "amt", "viclip",
-                                                                                  "encoders", "media")))
+SCORED_BY = ("world", "measure", "scorers", "flow", "amt", "viclip", "encoders", "media")
+CODE = checkpoint.fingerprint(*(Path(__file__).with_name(f"{name}.py") for name in SCORED_BY))
 
 
 def read_videos(folder: Path) -> list[dict]:

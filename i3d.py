@@ -163,7 +163,8 @@ def frechet_distance(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     if min(len(a), len(b)) < 2:
         raise BadInput(f"The Frechet distance needs at least 2 samples in each set, not {len(a)} and {len(b)}.")
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise BadInput("The Frechet distance is of numbers, and some features came out as infinite or none: are the weights the published ones?")
+        raise BadInput("The Frechet distance is of numbers, and some features came out infinite or as none: are the weights the published "
+                       "ones?")
     # With x - mean = Q R and Q^T Q = 1, S is R^T R, up to the count; and but for zeros S_a S_b has the eigenvalues of
     # (R_a R_b^T)(R_a R_b^T)^T. So the root's trace is a sum of singular values, exact also where S lacks full rank.
     r_a, r_b = (torch.linalg.qr(x - x.mean(dim=0), mode="r").R / (len(x) - 1) ** 0.5 for x in (a, b))

@@ -187,6 +187,7 @@ def motion(args: argparse.Namespace) -> None:
     lines += [f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |" for title, row in TEMPORAL.items()]
     cells = [f"{rows[name]['distance']:.4g} ({rows[name]['videos']} videos)" if name in rows else "too few videos" for name in CLASSES]
     lines.append(f"| {args.out.name} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"- unreadable: {why}; remove it, and the same command makes it anew" for why in unreadable.values())] * bool(unreadable)
+    if unreadable:
+        lines += ["", *(f"- unreadable: {why}; remove it, and the same command makes it anew" for why in unreadable.values())]
     checkpoint.write_text(args.out / "table.md", "\n".join(lines) + "\n")
     print("\n" + "\n".join(lines))

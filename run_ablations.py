@@ -75,7 +75,8 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     set_defaults(options, trainer.DEFAULTS, toy=True)
     if method == "sugar" and options.strategy == "mix":
         options.steps *= 2
-    settings = {name: value for name, value in settings_of(options).items() if name != "seed"} | {"of": weights_of(args.model), "recipe": RECIPE}
+    settings = {name: value for name, value in settings_of(options).items() if name != "seed"}
+    settings |= {"of": weights_of(args.model), "recipe": RECIPE}
     if getattr(options, "synthetic", None) == "image":
         settings["frames of a video"] = OneFrame.EACH
     if getattr(options, "second_steps", None):  # which the first stage does not depend on

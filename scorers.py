@@ -187,8 +187,8 @@ class Similarity:
 TITLES = {  # a score's name, and what tables call it; higher is better for all of them
     "dino_i": "DINO-I", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "viclip": "ViCLIP", "dynamic": "Dynamic degree",
     "smoothness": "Motion smoothness", "subject": "Subject consistency", "background": "Background consistency",
-    "identity": "identity (exact)", "own_look": "identity in its own look (exact)", "motion": "motion (exact)", "background_exact": "background (exact)", "look": "look (exact)",
-    "movement": "movement (exact)",
+    "identity": "identity (exact)", "own_look": "identity in its own look (exact)", "motion": "motion (exact)",
+    "background_exact": "background (exact)", "look": "look (exact)", "movement": "movement (exact)",
 }
 
 

@@ -48,12 +48,20 @@ def test_a_disk_that_takes_nothing_is_a_sentence_and_a_bug_is_none(tmp_path, cap
     with pytest.raises(FileNotFoundError):
         checkpoint.exit_status(lambda: (tmp_path / "nowhere").read_text())
 
+    def crowded():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    assert checkpoint.exit_status(crowded) == 2
+    assert "(CUDA out of memory. Tried to allocate 2 GiB.): train with a smaller --micro-batch" in capsys.readouterr().err
+
 
 def test_what_is_saved_comes_back(tmp_path):
     saved = network()
+    for killed in (".net-a1b2c3d4", ".net-a1b2c3d4-old"):  # processes that wrote it before
+        (tmp_path / killed).mkdir()
     for shard, files in ((10**9, 1), (4000, 4)):
         save(tmp_path / "net", {"a": 1}, saved.state_dict(), shard=shard)
-        assert len(shards(tmp_path / "net")) == files
+        assert len(shards(tmp_path / "net")) == files and [path.name for path in tmp_path.iterdir()] == ["net"]
         loaded = load(meta(), tmp_path / "net")
         assert all(torch.equal(v, saved.state_dict()[k]) for k, v in loaded.state_dict().items())
         assert checkpoint.read_json(tmp_path / "net" / "config.json") == {"a": 1}
