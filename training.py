@@ -345,7 +345,7 @@ def keep_lines(file: Path, step: int) -> None:
     last one perhaps by half, and they will be written again."""
     lines, kept = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else [], []
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError):  # half a line, or one that lost its power
+        with suppress(ValueError, TypeError, KeyError):  # half a line, or one that a loss of power damaged
             if json.loads(line)["step"] < step and line.endswith("\n"):
                 kept.append(line)
     if len(kept) < len(lines):

@@ -85,7 +85,7 @@ def test_lines_are_compared_at_the_same_level(seed):
     assert np.isnan(difference(apart, far, less))
     judged = lambda *rows: verdict(apart, dict(zip("ab", rows)), 64, "")
     assert "no verdict (hardly a common level of DINO-I)" in judged([far] * 3, [less] * 3)
-    # Whether there are enough common levels is asked of the lines' means over the seeds: 0.1 of 0.4, 0.25 of 0.4.
+    # Whether there are enough common levels is asked of the lines' means over the seeds: 0.1 of 0.4, 0.25 of 0.5.
     assert "no verdict (hardly a common level of DINO-I)" in judged([more] * 3, [less] * 3)
     half = line([0.35, 0.7, 0.9], 0.3)
     assert "at the same DINO-I (50% of the shorter line)" in judged([half] * 3, [less] * 3) and "| holds" in judged([half] * 3, [less] * 3)
