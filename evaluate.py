@@ -139,20 +139,25 @@ def make(listing: Path, out: Path, flags: list[str], ranks: Ranks) -> None:
 MADE_BY = ("transformer", "vae", "text_encoder", "dino", "clip")  # parts of a model that make videos
 
 
+def given(flags: list[str], *names: str) -> list[str]:
+    """Which of these flags of sample.py are given behind --, though they are evaluate.py's to give."""
+    parsed, plain = sample.parse(flags), sample.parse([])
+    return [name for name in names if getattr(parsed, name) != getattr(plain, name)]
+
+
 def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     """Notes in out/settings.json by what the videos are made, and raises where there are videos that something else made."""
     checkpoint.check_out(out)
-    alone, plain = sample.parse(flags), sample.parse([])
-    if (alone.prompts, alone.out) != (plain.prompts, plain.out):
+    if given(flags, "prompts", "out"):
         raise BadInput("--prompts and --out are not for sample.py here, behind --: evaluate.py gives it the list and a folder in its own --out.")
-    given = sample.parse([*flags, "--prompts", "list.jsonl"])
-    model, there = Path(given.model), Path(given.model).is_dir()
-    cut_by = ("grounding_dino", "sam") if settings.get("cut_out") or given.subject else ()
+    parsed = sample.parse([*flags, "--prompts", "list.jsonl"])
+    model, there = Path(parsed.model), Path(parsed.model).is_dir()
+    cut_by = ("grounding_dino", "sam") if settings.get("cut_out") or parsed.subject else ()
     parts = [checkpoint.part(model, name) for name in (*MADE_BY, *cut_by)] if there else []
-    weights = checkpoint.fingerprint(*parts, *([find_adapter(given.adapter)] if given.adapter else []))
+    weights = checkpoint.fingerprint(*parts, *([find_adapter(parsed.adapter)] if parsed.adapter else []))
     scales = read_scales(read_schedule(model)) if there else {}  # what flags that are not given stand for
     free = {"device", "out", "prompts", "low_memory"}
-    settings = {**{name: value for name, value in vars(given).items() if name not in free}, **settings, "weights": weights,
+    settings = {**{name: value for name, value in vars(parsed).items() if name not in free}, **settings, "weights": weights,
                 "the checkpoint's guidance": scales}  # of two that have one name, such as the seed, the list's own says what is made
     file = out / "settings.json"
     begun = file.exists() and any((out / "videos").glob("[!.]*.mp4"))  # a first try may have made none

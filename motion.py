@@ -24,7 +24,6 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import media
-import sample
 import world
 from cache import digest_of
 from checkpoint import BadInput, at_least, check_seed
@@ -116,7 +115,7 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
 
 
 def motion(args: argparse.Namespace) -> None:
-    from evaluate import made_by, make  # whose command this is
+    from evaluate import given, made_by, make  # whose command this is
     from flow import Flow
     from i3d import frechet_distance, fvd_features, load_i3d
     from scorers import Similarity
@@ -132,11 +131,9 @@ def motion(args: argparse.Namespace) -> None:
     clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
     if clip.frames % 8 != 1 or clip.frames < 9:
         raise BadInput(f"--frames {clip.frames}: a video has 8k+1 frames, 9 at least.")
-    given, plain = sample.parse(args.sample), sample.parse([])
-    for name in ("frames", "height", "width", "fps"):
-        if getattr(given, name) != getattr(plain, name):
-            raise BadInput(f"--{name} is not for sample.py here, behind --: real and generated videos have one size and length, which "
-                           f"evaluate.py motion gives it.")
+    for name in given(args.sample, "frames", "height", "width", "fps"):
+        raise BadInput(f"--{name} is not for sample.py here, behind --: real and generated videos have one size and length, which "
+                       f"evaluate.py motion gives it.")
     size = ["--frames", str(clip.frames), "--height", str(clip.height), "--width", str(clip.width), "--fps", str(clip.fps)]
     flags = [*size, *(["--device", args.device] if args.device else []), *args.sample]
     # What is needed in the end is looked at in the beginning.
