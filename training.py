@@ -303,8 +303,8 @@ def drop_earlier(out: Path, ranks: Ranks, *parts: str) -> None:
     if ranks.first:
         for part in (out / part for part in (*parts, "settings.json")):
             written = [*part.glob("step-*"), *part.glob(".step-*")] if part.name in ("checkpoints", "validation") else [part]
-            for path in written:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            for path in written:  # of a link the link, not what it names
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     ranks.wait()
 
 

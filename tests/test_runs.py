@@ -194,8 +194,10 @@ def test_a_finished_stage_of_another_run_is_refused_by_name_and_restart_drops_it
     listed = tmp_path / "run" / "subjects" / "skipped.jsonl"  # of other data: it would hide the new reasons
     listed.parent.mkdir(exist_ok=True)
     listed.write_text('{"example": 0, "reason": "old"}\n')
+    (tmp_path / "run" / "transformer").rename(tmp_path / "elsewhere")  # of a link the link goes, not what it names
+    (tmp_path / "run" / "transformer").symlink_to(tmp_path / "elsewhere")
     finish(start("train_sugar.py", base, tmp_path / "run", arguments + " --design e --restart"))
-    assert not listed.exists()
+    assert not listed.exists() and list((tmp_path / "elsewhere").iterdir())
     assert json.loads((tmp_path / "run" / "transformer" / "config.json").read_text())["design"] == "e"
     assert len(metrics(tmp_path / "run")) == 2
 
