@@ -12,7 +12,7 @@ GROUPS = ("image", "text", "first", "other")
 
 # Selective attention, as data: for each design, which groups the queries of each group may attend to. To try a design
 # of your own, add a row; the mask, the fast path below, the picture and `--design` follow from it.
-# The paper states (a), (e), and for (b) the image-frame cells; the rest is our reading of its Figure 4 (see README).
+# The paper states the image-frame cells of (a) and (b); the rest is our reading of its Figure 4 (see README).
 DESIGNS = {
     #    image may see             text may see              first frame may see       other frames may see
     "a": ("image text",            "text first other",       "text first other",       "text first other"),

@@ -320,7 +320,9 @@ def claim(args: argparse.Namespace, ranks: Ranks) -> None:
     """Notes in --out what the whole run is, be it of several stages, and raises where another run has its results there."""
     file, settings = args.out / "settings.json", settings_of(args)
     check_ours(args.out)
-    begun = any(found for pattern in RESULTS for found in (*args.out.glob(pattern), *args.out.glob(f"*/{pattern}")))
+    # A first stage that another run has handed on has no settings beside it: with it alone nothing is begun.
+    begun = any(found.name != "transformer" or found.with_name("settings.json").exists()
+                for pattern in RESULTS for found in (*args.out.glob(pattern), *args.out.glob(f"*/{pattern}")))
     if begun and file.exists():
         check_settings(checkpoint.read_json(file), settings, args.out)
     ranks.wait()  # all have looked

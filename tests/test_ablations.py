@@ -146,6 +146,7 @@ def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys)
     text = (out / "sugar-synthetic.md").read_text()
     assert text.count("| TSF-Video --omega-image") == 3 and "at the same Subject consistency" in text
     assert len(list(out.glob("first-*"))) == 1 and len(list(out.glob("sugar-*/real/checkpoints"))) == 1  # trained once, for both
+    assert len(list(out.glob("sugar-*/settings.json"))) == 2  # also where the first stage is another's: without it nothing is resumed
     # Ways to sample from the toy's own model, which is not trained.
     assert evaluate.main(command("sugar-guidance")) == 0
     text = (out / "sugar-guidance.md").read_text()
