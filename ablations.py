@@ -52,7 +52,6 @@ class Ablation:
 SCORES = ("identity", "own_look", "motion", "background_exact", "look", "movement", "dino_i", "clip_i", "clip_t", "dynamic", "subject",
           "background")
 SWITCH = Variant()
-P = {f"p = {p}": Variant(f"--p {p}") for p in (0.4, 0.6)}
 IMAGE, TEXT = (toy_networks.SCALES[name] for name in ("omega_image", "omega_text"))  # where a row names none, the toy's own
 SWEEP = tuple(f"--omega-image {image:g}" for image in (1, IMAGE, TEXT))
 MIX = "--strategy mix --p 0.5"
@@ -61,9 +60,12 @@ OWN = Variant(None)
 OF_ONE = ("What is compared are ways to sample from one model, the toy's own, so intervals tell of other subjects, texts and noise, not of "
           "other trainings.")
 # "Under the same level of identity": more motion, closer to the text. By the papers' scores, and by the world's measures.
-LIKENESS = (("dino_i", "dynamic"), ("dino_i", "clip_t"), ("identity", "movement"), ("identity", "motion"))
+WORDS = {("dino_i", "dynamic"): ("DINO-I", "moves more (Dynamic degree)"),
+         ("dino_i", "clip_t"): ("DINO-I", "follows the text better (CLIP-T)"),
+         ("identity", "movement"): ("exact identity", "moves more"),
+         ("identity", "motion"): ("exact identity", "more often does what the text says")}
+LIKENESS = tuple(WORDS)
 SLIGHTLY = "\"works slightly better\", read as: "
-MIX_E = {f"Mix, p = {p}": Variant(f"--strategy mix --p {p} --design e") for p in (0, 0.5, 1)}
 
 
 def moves(claim: str, more: str, less: str, margin: float = 0.0) -> tuple[Finding, Finding]:
@@ -82,9 +84,7 @@ def better(one: str, other: str, said: str = "", than: tuple[str, str] | None = 
     than: by more than there."""
     beside = f", by more than {than[0]} than {than[1]}" if than else ""
     return tuple(Finding(f"{said}at the same {of} {one} {what} than {other}{beside}", score, one, other, at, than=than)
-                 for (at, score), of, what in zip(LIKENESS, ("DINO-I", "DINO-I", "exact identity", "exact identity"),
-                                                  ("moves more (Dynamic degree)", "follows the text better (CLIP-T)", "moves more",
-                                                   "more often does what the text says")))
+                 for (at, score), (of, what) in WORDS.items())
 
 
 ABLATIONS = {
@@ -134,7 +134,8 @@ ABLATIONS = {
         *moves("four times the videos: more motion", "400 videos", "100 videos"),
         *moves("a quarter is already relatively strong, read as: moves no less", "100 videos", "400 videos", margin=0.05)), "400 videos",
         note="The paper's text says \"steadily improves\"; in its table the dynamic degree goes 59.66, 52.25, 55.46, 60.19."),
-    "switch-p": Ablation("Switch, Table 8", "switch", {"p = 0": Variant("--strategy image-only"), "p = 0.2": SWITCH, **P}, (
+    "switch-p": Ablation("Switch, Table 8", "switch", {"p = 0": Variant("--strategy image-only"), "p = 0.2": SWITCH,
+        **{f"p = {p}": Variant(f"--p {p}") for p in (0.4, 0.6)}}, (
         *moves("without video steps there is less motion (in its table next to none)", "p = 0.2", "p = 0"),
         *keeps("with video steps the identity is better", "p = 0.2", "p = 0"),
         *keeps("and with twice as many", "p = 0.4", "p = 0"),
@@ -174,7 +175,8 @@ ABLATIONS = {
          *better("design (b), Mix", "design (e), Mix", "TSF makes the gap smaller: ", than=("design (b), TSF", "design (e), TSF"))),
         "design (b), TSF", LIKENESS, sweep=SWEEP),
     "sugar-strategy": Ablation("SUGAR, Figure 6", "sugar", {
-        **MIX_E, "TS": Variant("--strategy ts --design e"), "TSF": TSF_E}, (
+        **{f"Mix, p = {p}": Variant(f"--strategy mix --p {p} --design e") for p in (0, 0.5, 1)},
+        "TS": Variant("--strategy ts --design e"), "TSF": TSF_E}, (
         Finding("real videos alone cannot change the look", "look", "Mix, p = 0.5", "Mix, p = 0"),
         *(Finding(f"real videos alone follow the text worse than {other} (CLIP-T)", "clip_t", other, "Mix, p = 0")
           for other in ("Mix, p = 0.5", "Mix, p = 1", "TS", "TSF")),
@@ -185,7 +187,8 @@ ABLATIONS = {
         *moves("TSF moves more than Mix, p = 0.5", "TSF", "Mix, p = 0.5"), *moves("TSF moves more than Mix, p = 1", "TSF", "Mix, p = 1"),
         Finding("and follows the text no less (CLIP-T)", "clip_t", "TSF", "Mix, p = 0.5", margin=0.01),
         *moves("TSF moves no less than real videos alone", "TSF", "Mix, p = 0", margin=0.05),
-        Finding("TSF still changes the look", "look", "TSF", "Mix, p = 0")), "TSF", (("look", "movement"), ("clip_t", "dynamic")), looks=True,
+        Finding("TSF still changes the look", "look", "TSF", "Mix, p = 0")),
+        "TSF", (("look", "movement"), ("clip_t", "dynamic")), looks=True,
         note="Mix takes as many steps as the two stages together."),
     "sugar-synthetic": Ablation("SUGAR, Figure 7", "sugar", {
         "TSF-Video": TSF_E, "TSF-Image": Variant("--strategy tsf --design e --synthetic image")}, (
@@ -214,7 +217,8 @@ ABLATIONS = {
                "trained without dropping"),
         Finding("without loss of identity (DINO-I)", "dino_i", "the same, DINO dropped early", "trained without dropping", margin=0.05),
         Finding("and (exact identity)", "identity", "the same, DINO dropped early", "trained without dropping", margin=0.05),
-        Finding("or of what the text asks for (CLIP-T)", "clip_t", "the same, DINO dropped early", "trained without dropping", margin=0.01)),
+        Finding("or of what the text asks for (CLIP-T)", "clip_t", "the same, DINO dropped early", "trained without dropping",
+                margin=0.01)),
         "trained with dropping", note="That the model trained without dropping is what the others of Figure 9 are compared with is our "
         "reading. It has never seen its null embeddings, which guidance subtracts."),
 }

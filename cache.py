@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
     import readers
     from model import read_config
 
-    at_least(1, args, "reference_frames")
+    at_least(1, args, "count", "reference_frames")
     check_seed(args.seed)
     if args.data is not None and (Path(args.data) / "index.json").exists():
         raise BadInput(f"--data {args.data} is a cache already: give the dataset that it was made of.")
@@ -209,8 +209,8 @@ def run(args: argparse.Namespace) -> None:
     clip = readers.clip_of(args, config)
     dataset, length = readers.open_data(args.data, args.stream, args.count, 4000, clip, args, encoder, args.out)
     started, new = time.perf_counter(), sum(missing(args.out, length).values())
-    about = {"data": args.data, "data's digest": args.data and digest_of(Path(args.data), args.out), "clip": asdict(clip) if args.data else {},
-             "share": args.share}
+    about = {"data": args.data, "data's digest": args.data and digest_of(Path(args.data), args.out),
+             "clip": asdict(clip) if args.data else {}, "share": args.share}
     if args.data is not None and readers.of_the_toy(dataset):
         about["toy"] = True  # made from the toy's world by synthesize.py
     written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})

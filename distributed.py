@@ -80,10 +80,6 @@ class Ranks:
         size = batch // groups
         return range(number * size, (number + 1) * size)
 
-    def share_heads(self, heads: int) -> None:
-        if heads % self.sequence:
-            raise BadInput(f"--sequence-parallel {self.sequence} does not divide this model's {heads} heads.")
-
 
 def place() -> tuple[int, int]:
     """This process's number, and how many there are, as torchrun's environment says: 0 and 1 without it."""
@@ -229,11 +225,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full_state_dict(model: nn.Module, wanted=lambda key: True) -> dict[str, Tensor]:
-    """The whole tensors of a sharded model, on the CPU of the first rank; the others get none. All ranks must call it."""
-    tensors = {}
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole tensors of a sharded model, but for what is frozen, on the CPU of the first rank; the others get none. All ranks must
+    call it."""
+    tensors, frozen = {}, {key for key, p in model.named_parameters() if not p.requires_grad}
     for key, value in model.state_dict().items():
-        if wanted(key):
+        if key not in frozen:
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if dist.get_rank() == 0:
                 tensors[key] = whole.detach().cpu()
@@ -327,7 +324,7 @@ def split_batch(model: nn.Module, mesh: DeviceMesh) -> None:
 def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
     """Ulysses: a rank holds the same share of the text, the reference and the video, each padded to a multiple of the ranks."""
     group, rank, world, now = mesh.get_group(), mesh.get_local_rank(), mesh.size(), {}
-    first, *_, last = [*model.transformer_blocks] * 2  # of a single block, both
+    first, last = model.transformer_blocks[0], model.transformer_blocks[-1]
 
     def part(x: Tensor, dim: int) -> Tensor:
         """This rank's share of x along dim, zeros behind its end."""
@@ -352,7 +349,8 @@ def split_sequence(model: nn.Module, mesh: DeviceMesh) -> None:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments, key_mask: Tensor | None) -> Tensor:
         """q, k, v [B, heads, L / world, d], of this rank's tokens."""
-        sent = torch.stack([x.unflatten(1, (world, -1)).movedim(1, 0) for x in (q, k, v)], dim=1)  # [world, 3, B, heads / world, L / world, d]
+        # [world, 3, B, heads / world, L / world, d]
+        sent = torch.stack([x.unflatten(1, (world, -1)).movedim(1, 0) for x in (q, k, v)], dim=1)
         came = [x.split(now["shares"], dim=3) for x in Trade.apply(sent, group)]  # from each rank, of each stream
         whole = torch.cat([came[r][i].narrow(3, 0, n) for i, held in enumerate(now["held"]) for r, n in enumerate(held)], dim=3)
         seen = attention(*whole, segments, key_mask)  # [B, heads / world, L, d]

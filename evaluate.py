@@ -96,7 +96,8 @@ def subject_of(folder: Path, row: dict) -> Image.Image:
 def generate(args: argparse.Namespace) -> None:
     """Writes the lists and lets sample.py make the videos."""
     which = f"--set {args.set}"
-    for flag, with_what, lost in (("--looks", which, args.looks and args.set != "toy"), ("--dreambench", which, args.dreambench and args.set == "toy"),
+    for flag, with_what, lost in (("--looks", which, args.looks and args.set != "toy"),
+                                  ("--dreambench", which, args.dreambench and args.set == "toy"),
                                   ("--cut-out", "--no-image", args.cut_out and args.no_image)):
         if lost:
             raise BadInput(f"{flag} has no effect with {with_what}: leave one of them out.")
@@ -149,7 +150,8 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     """Notes in out/settings.json by what the videos are made, and raises where there are videos that something else made."""
     checkpoint.check_out(out)
     if given(flags, "prompts", "out"):
-        raise BadInput("--prompts and --out are not for sample.py here, behind --: evaluate.py gives it the list and a folder in its own --out.")
+        raise BadInput("--prompts and --out are not for sample.py here, behind --: evaluate.py gives it the list and a folder in its own "
+                       "--out.")
     parsed = sample.parse([*flags, "--prompts", "list.jsonl"])
     model, there = Path(parsed.model), Path(parsed.model).is_dir()
     cut_by = ("grounding_dino", "sam") if settings.get("cut_out") or parsed.subject else ()
@@ -270,7 +272,8 @@ def score(args: argparse.Namespace) -> None:
 def set_of(folders: list[Path], asked: str | None) -> str:
     """Whose prompts the videos in all folders were made for, as generate noted it; "toy" where nothing is known."""
     files = [folder / "settings.json" for folder in folders]
-    sets = {folder: checkpoint.read_json(file).get("set", "toy") if file.exists() else asked or "toy" for folder, file in zip(folders, files)}
+    sets = {folder: checkpoint.read_json(file).get("set", "toy") if file.exists() else asked or "toy"
+            for folder, file in zip(folders, files)}
     if len({*sets.values(), *([asked] if asked else [])}) > 1:
         raise BadInput("One table is of one set: " + ", ".join(f"{folder} is of {name}" for folder, name in sets.items()) +
                        (f", and --set is {asked}" if asked else "") + ".")
@@ -311,6 +314,11 @@ def score_one(folder: Path, row: dict, scorers: Scorers, fps: float | None) -> d
 # --- sheet ------------------------------------------------------------------------------------------------------------
 
 
+def at_height(video: np.ndarray, height: int) -> np.ndarray:
+    width = round(video.shape[2] * height / video.shape[1])
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height))) for frame in video])
+
+
 def sheet(args: argparse.Namespace) -> None:
     """Methods side by side: FIRST/sheet.png with some frames, FIRST/sheet.gif playing, a row for each prompt. All are shown as high as
     the first."""
@@ -330,8 +338,7 @@ def sheet(args: argparse.Namespace) -> None:
                 raise BadInput(f"{file}: {error}") from error
         subject = subject_of(args.folders[0], row)
         height = videos[0].shape[1]
-        videos = [video if video.shape[1] == height else np.stack([np.asarray(Image.fromarray(frame).resize(
-            (round(video.shape[2] * height / video.shape[1]), height))) for frame in video]) for video in videos]
+        videos = [video if video.shape[1] == height else at_height(video, height) for video in videos]
         stills = [Image.fromarray(video[i]) for video in videos for i in np.linspace(0, len(video) - 1, args.frames).round().astype(int)]
         items.append(([subject, *stills], row["prompt"] + methods, True))
         side_by_side = [np.concatenate([video[min(i, len(video) - 1)] for video in videos], axis=1)

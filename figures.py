@@ -31,8 +31,7 @@ def contact_sheet(items: Sequence[tuple[list[Image.Image], str, bool]], side: in
     return sheet
 
 
-def histogram(values: Sequence[float], title: str, least: float | None = None, bins: int = 40,
-              width: int = 420, height: int = 180) -> Image.Image:
+def histogram(values: Sequence[float], title: str, least: float, bins: int = 40, width: int = 420, height: int = 180) -> Image.Image:
     """How often each value occurs. A line stands at the smallest that is kept."""
     values = np.asarray([value for value in values if np.isfinite(value)], dtype=float)
     image = Image.new("RGB", (width, height), "white")
@@ -40,20 +39,17 @@ def histogram(values: Sequence[float], title: str, least: float | None = None, b
     draw.text((left, 6), f"{title} ({len(values)})", fill=INK, font=font())
     if not len(values):
         return image
-    marks = [] if least is None else [least]
-    low, high = min([values.min(), *marks]), max([values.max(), *marks])
+    low, high = min(values.min(), least), max(values.max(), least)
     high = high if high > low else low + 1
     counts, _ = np.histogram(values, bins=bins, range=(low, high))
     step = (width - 2 * left) / bins
     for i, count in enumerate(counts):
         middle = low + (i + 0.5) * (high - low) / bins
-        kept = least is None or middle >= least
         rise = (bottom - top) * count / counts.max()
-        draw.rectangle((left + i * step, bottom - rise, left + (i + 1) * step - 1, bottom), fill=BAR if kept else DROPPED)
-    for mark in marks:
-        x = left + (mark - low) / (high - low) * (width - 2 * left)
-        draw.line((x, top - 4, x, bottom), fill=INK, width=2)
-        draw.text((min(x + 4, width - 60), top - 4), f"{mark:g}", fill=INK, font=font())
+        draw.rectangle((left + i * step, bottom - rise, left + (i + 1) * step - 1, bottom), fill=BAR if middle >= least else DROPPED)
+    x = left + (least - low) / (high - low) * (width - 2 * left)
+    draw.line((x, top - 4, x, bottom), fill=INK, width=2)
+    draw.text((min(x + 4, width - 60), top - 4), f"{least:g}", fill=INK, font=font())
     draw.text((left, bottom + 4), f"{low:.3g}", fill=INK, font=font())
     draw.text((width - left, bottom + 4), f"{high:.3g}", fill=INK, font=font(), anchor="ra")
     return image

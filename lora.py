@@ -82,7 +82,7 @@ def survivors(x: Tensor, p: float, draws: torch.Generator | None) -> Tensor | No
     if not (lost := round(p * 2**16)):
         return None
     lots = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=draws)
-    return (lots.view(torch.int16)[:x.numel()] > lost - 1 - 2**15).view(x.shape)
+    return (lots.view(torch.int16)[:x.numel()] > lost - 1 - 2**15).view(x.shape)  # at p = 1 "lost - 2**15" would be no int16
 
 
 def dropped(x: Tensor, p: float, kept: Tensor | None) -> Tensor:
@@ -177,21 +177,16 @@ def on_tokens(layer: nn.Module, x: Tensor, tokens: slice | None) -> Tensor:
     return y
 
 
-def targets(model: nn.Module, names: tuple[str, ...] = SWITCH_TARGETS) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if any(name == target or name.endswith("." + target) for target in names):
-            yield name, module
-
-
 def inject(model: nn.Module, rank: int = 128, alpha: float = 64.0, dropout: float = 0.1,
-           names: tuple[str, ...] = SWITCH_TARGETS, dtype: torch.dtype | None = None) -> list[str]:
-    """Adds a LoRA to every layer of `model` that `names` reach, and returns their names. The layers' own weights are
-    frozen; A is drawn as PEFT draws it, B is zero. dtype: of the LoRA, None is that of each layer.
+           names: tuple[str, ...] = SWITCH_TARGETS, dtype: torch.dtype | None = None) -> None:
+    """Adds a LoRA to every linear layer and convolution of `model` that `names` reach. The layers' own weights are frozen;
+    A is drawn as PEFT draws it, B is zero. dtype: of the LoRA, None is that of each layer.
     """
-    found = [(name, module) for name, module in targets(model, names) if isinstance(module, (nn.Linear, nn.Conv2d))]
+    found = [module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
+             and any(name == target or name.endswith("." + target) for target in names)]
     if not found:
         raise ValueError(f"No linear layer or convolution of the model is named {', '.join(names)}.")
-    for _, layer in found:
+    for layer in found:
         place = {"device": layer.weight.device, "dtype": dtype or layer.weight.dtype, "bias": False}
         if isinstance(layer, nn.Conv2d):
             A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, **place)
@@ -201,7 +196,6 @@ def inject(model: nn.Module, rank: int = 128, alpha: float = 64.0, dropout: floa
             A, B = nn.Linear(layer.in_features, rank, **place), nn.Linear(rank, layer.out_features, **place)
             layer.__class__ = LoRALinear
         layer.add_lora(rank, alpha, dropout, A, B)
-    return [name for name, _ in found]
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:

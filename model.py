@@ -159,8 +159,9 @@ class AdaLayerNormZero(nn.Module):
         temb = F.silu(temb)
         adapted = self.linear(temb)
         base = adapted if self.norm_lora == "all" else without_lora(self.linear, temb)
-        six = lambda y: y.unsqueeze(1).chunk(6, dim=-1)  # shift, scale and gate of the video, then of the text: [B, 1, dim] each
-        triples = six(base)[3:], six(adapted)[:3], six(base)[:3]  # text, reference, video
+        modulation = lambda y: y.unsqueeze(1).chunk(6, dim=-1)  # shift, scale and gate of the video, then of the text: [B, 1, dim] each
+        of_base, of_adapted = modulation(base), modulation(adapted)
+        triples = of_base[3:], of_adapted[:3], of_base[:3]  # text, reference, video
         x = self.norm(x)
         parts, gates = split(x, lengths), [gate for _, _, gate in triples]
         if may_overwrite():

@@ -13,7 +13,7 @@ features of frames stand in for I3D's of videos.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -51,15 +51,14 @@ def class_of(subject: float, background: float, height: int, args: argparse.Name
     return CLASSES[int(subject > args.small * scale) + int(subject > args.medium * scale)], ""
 
 
-def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | None) -> Iterator[tuple[str, callable]]:
-    """Names of videos, and functions that give each one's frames, caption, noun, and mask of the subject in the first frame."""
+def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | None) -> tuple[int, Callable[[int], tuple]]:
+    """How many videos there are, and a function that gives the frames, caption, noun, and mask of the subject in the first frame of one."""
     if args.data is None:
         def toy(i):
             drawn = world.sample_masked(np.random.default_rng((args.seed, 41, i)), "test")
             return drawn["video"], drawn["text"], world.NOUN, drawn["masks"][0]
 
-        yield from ((f"{i:06d}", lambda i=i: toy(i)) for i in range(args.count or 64))
-        return
+        return args.count or 64, toy
     videos = Videos(args.data, clip, args.seed)
     if args.trained_share:
         trained = {row.video for row in Videos(args.data, clip, args.trained_seed, args.trained_share).rows}
@@ -74,18 +73,18 @@ def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | Non
             raise Broken("no subject was found in its first frame")
         return example.video, example.text, example.noun, np.asarray(mask) > 127
 
-    yield from ((f"{i:06d}", lambda i=i: real(i)) for i in range(min(args.count or len(videos), len(videos))))
+    return min(args.count or len(videos), len(videos)), real
 
 
 def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) -> list[dict]:
     """Steps 1 to 4. Real clips and their first frames are written below the run's folder."""
     segmenter = GroundedSAM(model, run.ranks.device) if args.data else None
-    sources = dict(videos_of(args, clip, segmenter))
+    count, video = videos_of(args, clip, segmenter)
 
     def work(todo: list[dict]) -> Iterator[dict]:
         for item in todo:
             try:
-                frames, text, noun, mask = sources[item["id"]]()
+                frames, text, noun, mask = video(int(item["id"]))
             except Broken as error:
                 yield {**item, "kept": False, "why": f"unusable: {error}"}
                 continue
@@ -108,7 +107,7 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
                 "camera": args.camera, "small": args.small, "medium": args.medium}
     if args.trained_share:
         settings["trained"] = [args.trained_share, args.trained_seed]
-    run.stage("classes", [{"id": name, "label": ""} for name in sources], settings, work,
+    run.stage("classes", [{"id": f"{i:06d}", "label": ""} for i in range(count)], settings, work,
               lambda item: [Path(item["real"])] if "real" in item else [], {})
     kept = run.samples("classes")
     return [item for name in CLASSES for item in [row for row in kept if row["class"] == name][: args.per_class]]
@@ -148,10 +147,10 @@ def motion(args: argparse.Namespace) -> None:
         raise BadInput(f"No video is left in any class: {args.out / 'classes.jsonl'} says why.")
     listing = args.out / "list.jsonl"
     if ranks.first:
-        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed + int(item["id"]), **({"noun": item["noun"]} if item["noun"] else {}),
+        lines = [{"name": item["id"], "prompt": item["text"], "seed": args.seed + int(item["id"]),
+                  **({"noun": item["noun"]} if item["noun"] else {}),
                   **({} if args.no_image else {"image": str((args.out / item["first"]).resolve())})} for item in chosen]
         checkpoint.write_jsonl(listing, lines)
-    ranks.wait()
     make(listing, args.out, flags, ranks)
     ranks.wait()
     if not ranks.first:

@@ -127,7 +127,7 @@ def predictor(model: Transformer, x: Tensor, t: int, given: Conditions) -> Predi
 def sample_latents(model: Transformer, given: Conditions, alpha_bar: Tensor, settings: Settings, x: Tensor,
                    noise: Callable[[], Tensor] | None = None, progress: Callable[[Iterable], Iterable] = iter) -> Tensor:
     """Clean latents [1, T, 16, H/8, W/8] from noise x of that shape. Where the model has a temporal patch of 2, the caller's
-    x has a frame of padding in front (see padding()), and so has the result."""
+    x has a frame of padding in front, and so has the result."""
 
     def predict(x: Tensor, t: int) -> Tensor:
         eps = predictor(model, x, t, given)
@@ -138,11 +138,6 @@ def sample_latents(model: Transformer, given: Conditions, alpha_bar: Tensor, set
         return text_guidance(eps, omega, image="R" if given.reference is not None else "")
 
     return denoise(predict, x, alpha_bar, settings.steps, settings.scheduler, noise, progress)
-
-
-def padding(model: Transformer, latent_frames: int) -> int:
-    """Latent frames to put in front so that the temporal patch divides their number; dropped before decoding."""
-    return -latent_frames % model.config.patch_t
 
 
 def noise_source(seed: int) -> Callable[..., Tensor]:
@@ -156,14 +151,14 @@ class Sampler:
 
     def __init__(self, model: str, adapter: str | None = None, device="cpu", dtype: str | None = None):
         self.name, self.folder, self.device = model, checkpoint.resolve(model), torch.device(device)
-        self.config = read_config(checkpoint.need(self.folder, "transformer"))
-        self.vae_config = read_vae_config(checkpoint.need(self.folder, "vae"))
+        weights, vae_weights = (checkpoint.need(self.folder, part) for part in ("transformer", "vae"))
+        self.config, self.vae_config = read_config(weights), read_vae_config(vae_weights)
         self.scheduler = read_schedule(self.folder)
         self.alpha_bar = alpha_bar_schedule(self.scheduler)
         with torch.device("meta"):  # headers are compared, nothing is read
             transformer, vae = Transformer(self.config), VAE(self.vae_config)
-        checkpoint.check(transformer, checkpoint.need(self.folder, "transformer"))
-        checkpoint.check(vae, checkpoint.need(self.folder, "vae"))
+        checkpoint.check(transformer, weights)
+        checkpoint.check(vae, vae_weights)
         if self.config.sugar and self.config.image_to_video:
             raise BadInput(f"{model} is a SUGAR model on an image-to-video base, and SUGAR cannot stand on one: it needs a text-to-video "
                            f"base (2b, 5b or the toy).")
@@ -177,11 +172,8 @@ class Sampler:
         self.kind = ("i2v" if self.config.image_to_video else "sugar" if self.config.sugar else
                      "switch" if adapter is not None else "t2v")
         # On a CPU float32 is the fast type; on a GPU the checkpoint's own is what it was trained for.
-        if dtype:
-            self.dtype = DTYPES[dtype]
-        else:
-            weights = checkpoint.need(self.folder, "transformer")
-            self.dtype = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)
+        own = torch.float32 if self.device.type == "cpu" else checkpoint.stored_dtype(weights)
+        self.dtype = DTYPES[dtype] if dtype else own
         self.image_encoders = self.load_image_encoders() if self.config.sugar else []
         self.low_memory = False  # blocks of large networks stay in host memory and are streamed
         self.compiled = False  # torch.compile on the transformer's blocks
@@ -311,7 +303,8 @@ class Sampler:
         if self.split is not None:
             self.split(transformer)
         T, h, w = latent_size(settings.frames, settings.height, settings.width)
-        pad, channels = padding(transformer, T), self.config.out_channels
+        pad = -T % transformer.config.patch_t  # frames in front, so that the temporal patch divides their number; not decoded
+        channels = self.config.out_channels
         to = lambda y: y.to(self.device, self.dtype)
         for number, request in enumerate(requests, 1):
             draw = noise_source(request.seed)

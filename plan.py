@@ -12,10 +12,10 @@ from distributed import SMALL
 from training import DTYPES
 
 
-def kept_for_backward(block: nn.Module, config, lora_tokens: str, tokens: int = 512) -> float:
+def kept_for_backward(block: nn.Module, config, lora_tokens: str) -> float:
     """Bytes in bfloat16 that autograd keeps of one block for each token: counted, by running the block on the CPU. lora_tokens: on whom
     its LoRAs act, "all" or "reference"."""
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
+    tokens, kept, own = 512, {}, {p.untyped_storage().data_ptr() for p in block.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -41,17 +41,17 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     data, None is the toy's world; runs: one after the other, each with checkpoints of its own.
     """
     names = {"vae": checkpoint.WEIGHTS, "text_encoder": "model", **({"dino": "model", "clip": "model"} if model.config.sugar else {})}
-    there = [(checkpoint.part(folder, name), stem) for name, stem in names.items()]
-    encoders = sum(entry.nbytes for part, stem in there if part for entry in checkpoint.index(part, stem).values())
+    networks = [(checkpoint.part(folder, name), stem) for name, stem in names.items()]
+    encoders = sum(entry.nbytes for part, stem in networks if part for entry in checkpoint.index(part, stem).values())
     if not args.validate_count and all(source and (Path(source) / "index.json").exists() for source in sources):
         encoders = 0  # caches need none
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    copies = 1 if not args.ema else 2
+    copies = 2 if args.ema else 1
     width = DTYPES[args.dtype].itemsize
-    one, inputs = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")) * width / 2, width * config.dim
-    each = {None: one, "all": inputs, "keep-attention": 2 * inputs}[args.recompute]
-    kept = each * config.num_layers + (one if args.recompute else 0)
+    whole_block, its_input = kept_for_backward(block, config, getattr(args, "lora_tokens", "all")) * width / 2, width * config.dim
+    of_each = {None: whole_block, "all": its_input, "keep-attention": 2 * its_input}[args.recompute]
+    kept = of_each * config.num_layers + (whole_block if args.recompute else 0)  # bytes for each token
     lies = world == 1 and args.dtype == "bf16"  # and what is frozen is used as it lies
     gathered = lambda part: width * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
     whole, largest = gathered(model), gathered(block)
@@ -68,10 +68,10 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     for name, size in {**parts, "in all": 1e9 * total}.items():
         print(f"  {name:<36} {size / 1e9:8.2f} GB")
     print(f"hours                  {samples / args.rate / 3600:.1f} at {args.rate:g} samples/s of all ranks (--rate)")
-    disk, there = 4 * trained * (copies + 2), next(path for path in (args.out, *args.out.resolve().parents) if path.exists())
+    disk, above = 4 * trained * (copies + 2), next(path for path in (args.out, *args.out.resolve().parents) if path.exists())
     most = args.keep * runs + 1  # the new one is written before the oldest goes
     print(f"disk per checkpoint    {disk / 1e9:.2f} GB, and {args.keep} are kept" + f" of each of {runs} stages" * (runs > 1))
-    if disk * most > (free := shutil.disk_usage(there).free):
+    if disk * most > (free := shutil.disk_usage(above).free):
         print(f"warning: {most} checkpoints will not fit on the disk of {args.out}, where {free / 1e9:.1f} GB are free: a smaller --keep")
     if total > args.gpu_memory:
         print(f"warning: {total:.0f} GB will not fit into {args.gpu_memory:g} GB: more ranks, a smaller --micro-batch"

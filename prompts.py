@@ -4,6 +4,15 @@ SUGAR's prompts are those of its Figures 19 to 21: 18 for each of three kinds of
 was restored by the third, which is whole and runs in parallel, is in RESTORED. Switch's are unpublished: SWITCH is ours.
 """
 
+OF_ALL = (  # the last eight of each kind
+    "a sks under a cascading waterfall",
+    "a sks in watercolor painting style, with colors naturally spreading and blending",
+    "sks is floating in an ocean of milk",
+    "a red sks is sliding down on the slide",
+    "a sks as a pencil sketch style painting drawn by a hand",
+    "sks as an animated flat vector illustration",
+    "sks made of gold, zoom out camera view",
+    "sks made of crystal ice, on a frozen lake, rotating view")
 SUGAR = {
     "animal": (  # Figure 21
         "sks wears high-tech combat suit, is walking in a cyberpunk city with neon signs",
@@ -16,14 +25,7 @@ SUGAR = {
         "sks is dancing with snow mountain in the background, in snowy day",
         "a green sks is flying in clouds",
         "a sks walking on the beach at sunset, in oil painting style",
-        "a sks under a cascading waterfall",
-        "a sks in watercolor painting style, with colors naturally spreading and blending",
-        "sks is floating in an ocean of milk",
-        "a red sks is sliding down on the slide",
-        "a sks as a pencil sketch style painting drawn by a hand",
-        "sks as an animated flat vector illustration",
-        "sks made of gold, zoom out camera view",
-        "sks made of crystal ice, on a frozen lake, rotating view"),
+        *OF_ALL),
     "active object": (  # Figure 19
         "sks is walking in a cyberpunk city with neon signs",
         "sks is walking with northern light in the background",
@@ -35,14 +37,7 @@ SUGAR = {
         "sks is skateboarding with snow mountain in the background, in snowy day",
         "a green sks is flying in clouds",
         "a sks walking on the beach at sunset, in oil painting style",
-        "a sks under a cascading waterfall",
-        "a sks in watercolor painting style, with colors naturally spreading and blending",
-        "sks is floating in an ocean of milk",
-        "a red sks is sliding down on the slide",
-        "a sks as a pencil sketch style painting drawn by a hand",
-        "sks as an animated flat vector illustration",
-        "sks made of gold, zoom out camera view",
-        "sks made of crystal ice, on a frozen lake, rotating view"),
+        *OF_ALL),
     "static object": (  # Figure 20
         "sks in a cyberpunk city with neon signs",
         "sks with northern light in the background",
@@ -54,14 +49,7 @@ SUGAR = {
         "sks with snow mountain in the background, in snowy day",
         "a green sks is flying in clouds",
         "a sks on the beach at sunset, in oil painting style",
-        "a sks under a cascading waterfall",
-        "a sks in watercolor painting style, with colors naturally spreading and blending",
-        "sks is floating in an ocean of milk",
-        "a red sks is sliding down on the slide",
-        "a sks as a pencil sketch style painting drawn by a hand",
-        "sks as an animated flat vector illustration",
-        "sks made of gold, zoom out camera view",
-        "sks made of crystal ice, on a frozen lake, rotating view"),
+        *OF_ALL),
 }
 # (kind, number) of what is not as printed. Active objects: 16 are printed, "auter" for "outer" (4), the Eiffel tower a second time
 # (6) and "sks is skateboarding in clouds" (7) where Tokyo and the mountain belong, no beach (9), no slide (13). Static objects:

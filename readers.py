@@ -85,16 +85,14 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     source: None is the toy's world (endless: `toy_count` of it), else the folder of a cache, or what the stream's reader
     takes; out: where skipped.jsonl is written.
     """
-    if count is not None and count < 1:
-        raise BadInput(f"{count} examples of {stream} were asked for: choose 1 or more.")
     if source is None:
         for name, default in (("frames", None), ("height", None), ("width", None), ("fps", None), ("share", 1.0)):
             if getattr(args, name) != default:
                 raise BadInput(f"--{name} {getattr(args, name)} is for data of your own, and no {stream} are given: the toy's have 9 "
                                f"frames of 64x64.")
         if (clip.frames, clip.height, clip.width) != (world.FRAMES, world.SIZE, world.SIZE):
-            raise BadInput(f"No {stream} are given, and the toy's world, of {world.FRAMES} frames of {world.SIZE}x{world.SIZE}, is not for this "
-                           f"base, which was made for {clip.frames} of {clip.height}x{clip.width}: name data of your own.")
+            raise BadInput(f"No {stream} are given, and the toy's world, of {world.FRAMES} frames of {world.SIZE}x{world.SIZE}, is not for "
+                           f"this base, which was made for {clip.frames} of {clip.height}x{clip.width}: name data of your own.")
         return Toy(stream, args.seed), count or toy_count
     path = Path(source)
     if not path.exists():
@@ -154,9 +152,9 @@ def what_is_trained_on(streams: dict[str, Stream], encoder: Encoder) -> dict:
     """For a run's settings: how many examples there are, on which their order depends, and by which networks they are encoded (a cache
     has seen to that)."""
     caches = {name: stream.dataset for name, stream in streams.items() if isinstance(stream.dataset, Cache)}
-    return {f"examples of {name}": stream.length for name, stream in streams.items()} | {
-        f"cache of {name}": cache.digest() for name, cache in caches.items()} | {
-        "encoders": None if len(caches) == len(streams) else encoder_weights(encoder)}
+    return {**{f"examples of {name}": stream.length for name, stream in streams.items()},
+            **{f"cache of {name}": cache.digest() for name, cache in caches.items()},
+            "encoders": None if len(caches) == len(streams) else encoder_weights(encoder)}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
     out, done = options.out, options.out / "done.json"
     two = method == "sugar" and options.strategy != "mix"
     # Trainings that differ in the second stage alone share the first.
-    of_first = {name: value for name, value in settings.items() if name not in ("strategy", "p", "synthetic", "frames of a video", "second_steps")}
+    second = ("strategy", "p", "synthetic", "frames of a video", "second_steps")
+    of_first = {name: value for name, value in settings.items() if name not in second}
     first = args.out / f"first-{digest(of_first)}-{seed}"
     with locked(out):
         if done.exists():
@@ -211,7 +212,8 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
         return f"fewer than {FEWEST} seeds"
     (_, given), (_, usual) = (parsed(ablation.method, flags, 0, args) for flags in (args.train, ""))
     if given["steps"] < usual["steps"] or args.count < 64 or args.sampling_steps < 25:
-        return f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling ({given['steps']}, {args.count}, {args.sampling_steps})"
+        return (f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling ({given['steps']}, {args.count}, "
+                f"{args.sampling_steps})")
     if given != usual | {"steps": given["steps"]}:
         return f"trained with {args.train}"
     known = lambda point: point.get("own_look", point["identity"])  # changed looks hide it
@@ -237,8 +239,8 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
     elif reason:
         said = f"no verdict ({reason})"
     else:
-        low_enough, high_enough = low > -finding.margin, high < -finding.margin
-        said = "holds" if low_enough else "does not hold: the opposite was measured" if high_enough else "undecided"
+        above, below = low > -finding.margin, high < -finding.margin
+        said = "holds" if above else "does not hold: the opposite was measured" if below else "undecided"
     where = f", at the same {TITLES[finding.at]} ({max(share, 0):.0%} of the shorter line)" if finding.at and measured else ""
     within = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
     margin = f", margin {finding.margin}" if finding.margin else ""
@@ -284,8 +286,7 @@ def run(args) -> None:
 def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[dict], seconds: float) -> Path:
     """The table, the findings and the picture."""
     names = [score for score in SCORES if score in next(iter(results.values()))[0][0]]
-    value = lambda point, name: float("nan") if point.get(name) is None else point[name]
-    table = {label: [{name: over_seeds([value(line[i], name) for line in lines]) for name in names} for i in range(len(ablation.sweep))]
+    table = {label: [{name: over_seeds([values_of(line, name)[i] for line in lines]) for name in names} for i in range(len(ablation.sweep))]
              for label, lines in results.items()}
     cell = lambda interval: "not measured" if not np.isfinite(interval[0]) else f"{interval[0]:.3f}" + (
         f" [{interval[1]:.3f}, {interval[2]:.3f}]" if np.isfinite(interval[1]) else "")

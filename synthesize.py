@@ -237,10 +237,9 @@ def language_model(name: str, part: str):
     """The language model, or its AutoTokenizer or AutoConfig."""
     import transformers
 
+    folder = checkpoint.resolve(name)
     try:
-        return getattr(transformers, part).from_pretrained(checkpoint.resolve(name))
-    except BadInput:
-        raise
+        return getattr(transformers, part).from_pretrained(folder)
     except Exception as error:  # a config, a file or a class that does not fit: each has its own way to be displeased
         raise BadInput(f"--llm {name} is no language model of transformers ({part}): {' '.join(str(error).split())}") from error
 

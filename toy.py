@@ -45,8 +45,7 @@ SUGAR_STAGES = {"sugar_real": ((5000,), "--strategy mix --p 0 --lr 1e-3"), "suga
                 "sugar_again": ((16000,), "--strategy mix --p 0.8 --drop-dino 0.1 --drop-text 0.1 --lr 2e-3 --warmup 200 --seed 3")}
 
 
-def vae_batch(stream: str) -> int:
-    return 2 if stream == "clips" else 8
+VAE_BATCH = {"clips": 2, "frames": 8}
 
 
 class Builder:
@@ -94,7 +93,7 @@ class Builder:
             for row, position in zip(ids, positions):
                 rng = self.rng("text", position)
                 still = {"motion": None} if rng.random() < 0.1 else {}
-                scene = world.sample_scene(rng, look=list(world.LOOKS)[rng.integers(len(world.LOOKS))], **still)
+                scene = world.sample_scene(rng, look=world.pick(rng, world.LOOKS), **still)
                 tokens = tokenizer(world.caption(scene, rng))
                 row[: len(tokens)] = torch.tensor(tokens)
                 labels.append([list(names).index(name) for names, name in (((None, *world.MOTIONS), scene.motion),
@@ -118,12 +117,12 @@ class Builder:
         model = DINOTask().to(self.ranks.device)
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
-            views, labels, looks = ([], []), [], list(world.LOOKS)
+            views, labels = ([], []), []
             for position in positions:
                 rng = self.rng(stream, position)
                 subject = world.sample_subject(rng)
                 for view in views:
-                    view.append(self.picture(rng, subject, looks[rng.integers(len(looks))])[0])
+                    view.append(self.picture(rng, subject, world.pick(rng, world.LOOKS))[0])
                 labels.append([list(names).index(name) for names, name in
                                zip(IDENTITY, (subject.shape, subject.pattern, subject.detail))])
             one, two = (torch.stack(view).to(self.ranks.device) for view in views)
@@ -136,11 +135,11 @@ class Builder:
         model, tokenizer = CLIPTask().to(self.ranks.device), clip_tokenizer()
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
-            pictures, texts, looks = [], [], list(world.LOOKS)
+            pictures, texts = [], []
             for position in positions:
                 rng = self.rng(stream, position)
                 subject = world.sample_subject(rng)
-                picture, text = self.picture(rng, subject, looks[rng.integers(len(looks))])
+                picture, text = self.picture(rng, subject, world.pick(rng, world.LOOKS))
                 if rng.random() < 0.5:  # what no other network is told: CLIP has words for the subject
                     text = text.replace(world.NOUN, f"{subject.primary} {subject.shape}")
                 pictures.append(picture)
@@ -155,7 +154,7 @@ class Builder:
         """What the VAE learns from: "video" and "masks" of the subject. "clips", or "frames": photographs and portraits."""
         if stream == "clips":
             return world.sample_masked(rng, looks=tuple(world.LOOKS))
-        scene = world.sample_scene(rng, look=list(world.LOOKS)[rng.integers(len(world.LOOKS))], motion=None)
+        scene = world.sample_scene(rng, look=world.pick(rng, world.LOOKS), motion=None)
         if rng.random() < 0.25:
             image = world.portrait(scene.subject, scene.look, rng.uniform(1.0, 1.4), rng.uniform(-15, 15))[None]
             return {"video": image[..., :3], "masks": image[..., 3] > 127}
@@ -168,7 +167,7 @@ class Builder:
 
         def plan(step: int) -> tuple[str, int]:
             stream = streams[step % len(streams)]
-            return stream, vae_batch(stream)
+            return stream, VAE_BATCH[stream]
 
         def loss_of(stream: str, positions: list[int]) -> Tensor:
             videos, masks, device = [], [], self.ranks.device
@@ -291,7 +290,7 @@ def build(args: argparse.Namespace) -> None:
     ranks = distributed.start(args.device)
     for stage in VAE_STAGES.keys() & {*args.stages}:  # now, not when it comes to them
         if not (args.work / stage / "done").exists():
-            ranks.share(min(map(vae_batch, VAE_STAGES[stage][2])))
+            ranks.share(min(VAE_BATCH[stream] for stream in VAE_STAGES[stage][2]))
     builder = Builder(args.out, args.work, ranks, args.scale)
     for stage in args.stages:
         done = args.work / stage / "done"  # with the scale at which it was
@@ -310,7 +309,8 @@ def build(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["build", "score"])
-    parser.add_argument("--out", type=Path, help="the checkpoint that build writes and score reads (default: runs/toy/checkpoint; checkpoints/toy)")
+    parser.add_argument("--out", type=Path,
+                        help="the checkpoint that build writes and score reads (default: runs/toy/checkpoint; checkpoints/toy)")
     parser.add_argument("--work", type=Path, default=Path("runs/toy"), help="build: checkpoints of the stages (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="build: these alone (default: all)")
     parser.add_argument("--scale", type=float, default=1.0, help="build: of steps and data; a small "

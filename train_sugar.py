@@ -104,12 +104,12 @@ def freeze_first_half(model: Transformer, dtype: torch.dtype) -> None:
 
 def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int) -> None:
     """The first stage, which trains the most. DINOv2-large and CLIP ViT-L/14, as by default, where the base has none of its own."""
-    image = {}
+    image = {"dino_dim": 1024, "clip_dim": 1024}
     for name in ("dino", "clip"):
         if (encoder := checkpoint.part(folder, name)) is not None:
             image[f"{name}_tokens"], image[f"{name}_dim"] = image_tokens(encoder)
     with torch.device("meta"):
-        model = Transformer(config if config.sugar else replace(config, **{"dino_dim": 1024, "clip_dim": 1024, **image}, design=args.design))
+        model = Transformer(config if config.sugar else replace(config, **image, design=args.design))
     config, block, clip = model.config, Block(config).bfloat16(), clip_of(args, config)
     frames, h, w = latent_size(clip.frames, clip.height, clip.width)
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
@@ -154,12 +154,13 @@ def run(args: argparse.Namespace) -> None:
     check_sources({flags[name]: stream for name, stream in streams.items()})
     held_out = held_out_subjects(args, clip, ToyTest(args.seed, tuple(world.LOOKS)), streams, encoder, ranks)
     if args.restart:
-        drop_earlier(args.out, ranks, "transformer", "model_index.json", *(f"{stage}/{part}" for stage in ("mix", "real", "mixed") for part in
-                     ("checkpoints", "transformer", "settings.json", "metrics.jsonl", "validation", "validation.jsonl")),
-                     "subjects/skipped.jsonl", "triplets/skipped.jsonl")
+        of_stages = ("checkpoints", "transformer", "settings.json", "metrics.jsonl", "validation", "validation.jsonl")
+        drop_earlier(args.out, ranks, "transformer", "model_index.json", "subjects/skipped.jsonl", "triplets/skipped.jsonl",
+                     *(f"{stage}/{part}" for stage in ("mix", "real", "mixed") for part in of_stages))
     claim(args, ranks)
     example = next(iter(streams.values()))[0]  # says how many image tokens there are, and how wide
-    image = {f"{part}_{name}": size for part in ("dino", "clip") for name, size in zip(("tokens", "dim"), example[part].shape)}
+    (dino_tokens, dino_dim), (clip_tokens, clip_dim) = example["dino"].shape, example["clip"].shape
+    image = {"dino_tokens": dino_tokens, "dino_dim": dino_dim, "clip_tokens": clip_tokens, "clip_dim": clip_dim}
     weights = checkpoint.need(folder, "transformer")
     for stage in stages:
         out = args.out / stage.name
@@ -210,10 +211,9 @@ def train_stage(stage: Stage, weights: Path, out: Path, settings: dict, args: ar
     validation = Validation(model, encoder, schedule, held_out, out, ranks, dtype, args.validate_count)
     if not train(model, options_of(args, out=out, steps=stage.steps), ranks, batch_of, loss_of, validation, settings):
         return False
-    frozen = {key for key, p in model.named_parameters() if not p.requires_grad}
-    tensors = distributed.full_state_dict(model, lambda key: key not in frozen)
+    tensors = distributed.full_state_dict(model)
     if ranks.first:
-        before = load_transformer(weights).state_dict() if frozen else {}  # in float32, as they no longer are here
+        before = load_transformer(weights).state_dict() if stage.frozen else {}  # in float32, as they no longer are here
         checkpoint.write_json(out / "settings.json", settings)
         save_tensors(model.config, before | tensors, out / "transformer")
     ranks.wait()  # the next stage begins with what the first rank has just written

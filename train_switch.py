@@ -57,8 +57,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--no-cls", action="store_true", help="no <cls> in the prompt; Table 5")
     for name, kind in (("rank", int), ("alpha", float), ("dropout", float)):
         p.add_argument(f"--{name}", type=kind, help=f"of the LoRA {default_of(name, DEFAULTS)}")
-    p.add_argument("--norm-lora", choices=CHOICES["norm_lora"], default="reference", help="whose norm is adapted; 3.3 (default: %(default)s)")
-    p.add_argument("--lora-tokens", choices=CHOICES["lora_tokens"], default="all", help="on whom the other LoRAs act (default: %(default)s)")
+    p.add_argument("--norm-lora", choices=CHOICES["norm_lora"], default="reference",
+                   help="whose norm is adapted; 3.3 (default: %(default)s)")
+    p.add_argument("--lora-tokens", choices=CHOICES["lora_tokens"], default="all",
+                   help="on whom the other LoRAs act (default: %(default)s)")
     Options.add_to(p, DEFAULTS, out=Path("runs/switch"), warmup=50)
     return p.parse_args(argv)
 
@@ -115,10 +117,11 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
     frames, h, w = latent_size(clip.frames, clip.height, clip.width)
     latents = {"image": 2 * h * h, "video": (frames + (args.reference_drop < 1)) * h * w}  # with the reference; pairs are squares
     tokens = config.max_text_seq_length + max(latents[phase] for phase in phases_of(args)) // config.patch_size**2
-    batches, sources = ({phase: getattr(args, f"{phase}_{what}") for phase in phases_of(args)} for what in ("batch", "data"))
+    batches = {phase: getattr(args, f"{phase}_batch") for phase in phases_of(args)}
+    sources = [getattr(args, f"{phase}_data") for phase in phases_of(args)]
     phases = [phase_of(step, args, name) for name, steps in runs_of(args) for step in range(steps)]
     samples = sum(phases.count(phase) * batch for phase, batch in batches.items())
-    print_plan(model, block, folder, tokens, max(batches.values()), samples, list(sources.values()), len(runs_of(args)), args, world)
+    print_plan(model, block, folder, tokens, max(batches.values()), samples, sources, len(runs_of(args)), args, world)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -194,7 +197,7 @@ def run(args: argparse.Namespace) -> None:
                                 with_reference=args.strategy != "video-only")
         if not train(model, options_of(args, out=out, steps=steps), ranks, batch_of, loss_of, validation, settings):
             return  # stopped by a signal
-    tensors = distributed.full_state_dict(model, lambda key: ".lora_A." in key or ".lora_B." in key)
+    tensors = distributed.full_state_dict(model)  # the LoRA: all else is frozen
     if ranks.first:
         save_adapter(tensors, args.out, adapter)
         print(f"wrote {args.out}/pytorch_lora_weights.safetensors: python sample.py --adapter {args.out} ...")

@@ -70,7 +70,8 @@ class Options:
         for name, option in Options.__dataclass_fields__.items():
             default = None if name in by_base else defaults.get(name, option.default)
             said = default_of(name, by_base) if name in by_base else f"(default: {default})"
-            parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default, help=f"{help.get(name, '')} {said}".strip())
+            said = f"{help.get(name, '')} {said}".strip()
+            parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default, help=said)
 
 
 def default_of(name: str, by_base: dict[str, tuple]) -> str:
@@ -135,7 +136,8 @@ def check_range(args: argparse.Namespace, probabilities: tuple[str, ...], counts
 
 
 def check_parallel(args: argparse.Namespace, ranks: Ranks, heads: int) -> None:
-    ranks.share_heads(heads)
+    if heads % ranks.sequence:
+        raise BadInput(f"--sequence-parallel {ranks.sequence} does not divide this model's {heads} heads.")
     if args.compile:
         check_compiler(ranks.device.type)
 

@@ -9,8 +9,7 @@ Where the decoder's frames are large, a chunk is a list of slices, a few frames 
 group norms need all of a chunk at once, and of it no more than its mean and variance.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -339,24 +338,17 @@ class VAE(nn.Module):
         return torch.cat(rows, dim=-2)
 
 
-@contextmanager
-def out_of_memory_by_name() -> Iterator[None]:
-    """cuDNN says that it finds no engine for a convolution where there is no memory for one to work in."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "unable to find an engine" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from error
-        raise
-
-
-@out_of_memory_by_name()
 def in_chunks(x: Tensor, network: nn.Module, chunk: int) -> Tensor:
     """Runs network over x [B, C, T, H, W] `chunk` frames at a time, the first time with the remainder of T."""
     cache: Cache = None if x.shape[2] == 1 else {}
     ends = range(x.shape[2] % chunk + chunk if x.shape[2] >= chunk else x.shape[2], x.shape[2] + 1, chunk)
     starts = [0, *ends[:-1]]
-    return torch.cat([network(x[:, :, start:end], cache) for start, end in zip(starts, ends)], dim=2)
+    try:
+        return torch.cat([network(x[:, :, start:end], cache) for start, end in zip(starts, ends)], dim=2)
+    except RuntimeError as error:  # cuDNN finds "no engine" for a convolution where there is no memory for one to work in
+        if "unable to find an engine" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
 
 
 def blend(before: Tensor, after: Tensor, extent: int, dim: int) -> Tensor:

@@ -111,13 +111,12 @@ class Validation:
         latents = sample_latents(self.model, given, self.alpha_bar, self.settings, x)
         vae = self.encoder.vae
         latents = vae.config.unscale(latents.transpose(1, 2)).to(self.encoder.dtype)
-        for vae.tiled in (False, True):  # beside the optimizer there may be no room for whole frames; training encodes none in tiles
-            try:
-                video = vae.decode(latents)[0]
-                break
-            except torch.OutOfMemoryError:
-                if vae.tiled:
-                    raise
-            finally:
-                vae.tiled = False
+        try:
+            video = vae.decode(latents)[0]
+        except torch.OutOfMemoryError:  # beside the optimizer there may be no room for whole frames
+            video = None  # the second try is outside, where the error no longer holds memory
+        if video is None:
+            vae.tiled = True
+            video = vae.decode(latents)[0]
+            vae.tiled = False  # training encodes in whole frames
         return media.video_to_frames(video)

@@ -364,7 +364,7 @@ def test_a_histogram_marks_what_is_dropped():
     chart = np.asarray(figures.histogram([0.1] * 10 + [0.9] * 10, "score", least=0.5))
     red, blue = ((chart == np.array(colour)).all(axis=-1) for colour in (figures.DROPPED, figures.BAR))
     assert 0 < red.sum() and 0 < blue.sum() and np.nonzero(red)[1].max() < np.nonzero(blue)[1].min()
-    assert figures.histogram([], "nothing", 0.5).size == figures.histogram([float("nan")], "nothing").size
+    assert figures.histogram([], "nothing", 0.5).size == figures.histogram([float("nan")], "nothing", 0.5).size
 
 
 def test_frames_of_a_written_video_come_back(tmp_path, seed):
