@@ -306,7 +306,8 @@ def write(args, ablation: Ablation, results: dict[str, list[Line]], runs: list[d
                for label, rows in table.items() for sweep, row in zip(ablation.sweep, rows)), "",
              "| the paper's finding | measured | here |", "|---|---|---|",
              *(verdict(finding, results, args.count, reason) for finding in ablation.findings)]
-    checkpoint.write_text(args.out / f"{args.name}.md", "\n".join(lines) + "\n")
+    text = "\n".join(lines).replace("<cls>", "`<cls>`")  # which Markdown would take for a tag, and hide
+    checkpoint.write_text(args.out / f"{args.name}.md", text + "\n")
     if ablation.pictures:
         picture = figures.tiled([
             figures.scatter({label: [(row[x], row[y]) for row in rows] for label, rows in table.items()}, TITLES[x], TITLES[y],

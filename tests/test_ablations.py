@@ -137,7 +137,7 @@ def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys)
     assert evaluate.main(command("switch-cls")) == 0
     out = tmp_path / "out" / "quick"
     text = (out / "switch-cls.md").read_text()
-    assert "| without <cls> | " in text and text.count("no verdict (--quick)") == len(ABLATIONS["switch-cls"].findings) and "mean nothing" in text and "8 steps at" in text
+    assert "| without `<cls>` | " in text and text.count("no verdict (--quick)") == len(ABLATIONS["switch-cls"].findings) and "mean nothing" in text and "8 steps at" in text
     assert (out / "switch-cls.png").exists()
     runs = [json.loads(file.read_text())["flags"] for file in out.glob("switch-*/done.json")]
     assert len(runs) == 2 and any(flags.startswith("--no-cls") for flags in runs)
