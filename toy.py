@@ -30,7 +30,7 @@ from lora import read_adapter, save_adapter
 from model import load_transformer, save_tensors
 from toy_networks import (IDENTITY, SCHEDULE, SIDE, TOKENS, VAE_STAGES, CLIPTask, DINOTask, TextTask, VAETask, clip_tokenizer,
                           new_transformer, save_half, start_from_base, write_frame, write_tokenizer, write_variant)
-from training import Options, generator, train
+from training import DTYPES, Options, generator, train, usual_dtype
 from vae import latent_size, load_vae, save_vae
 
 
@@ -53,6 +53,7 @@ class Builder:
 
     def __init__(self, folder: Path, work: Path, ranks: distributed.Ranks, scale: float, seed: int = 0):
         self.folder, self.work, self.ranks, self.scale, self.seed = folder, work, ranks, scale, seed
+        self.dtype = DTYPES[usual_dtype(ranks.device)]  # of what takes long
         if ranks.first:
             write_frame(folder)
             if not (folder / "tokenizer").exists():
@@ -179,7 +180,7 @@ class Builder:
             noise = torch.randn(len(videos), 16, *latent_size(*video.shape[2:]), generator=generator(self.seed, stream, positions[0]))
             return model(video, torch.from_numpy(np.stack(masks))[:, None].to(device).float(), noise.to(device))
 
-        weights = self.fit(stage, model, [], steps, lr, plan, loss_of, torch.bfloat16)
+        weights = self.fit(stage, model, [], steps, lr, plan, loss_of, self.dtype)
         self.finish(VAETask(stage), weights, self.save_scaled_vae)
 
     @torch.no_grad()
@@ -225,11 +226,11 @@ class Builder:
         def loss_of(stream: str, positions: list[int]) -> Tensor:
             samples = zip(*(draw(stream, position) for position in positions))
             x_0, eps, t, text, first = (torch.stack(part).to(self.ranks.device) for part in samples)
-            half = lambda x: x.to(torch.bfloat16)
-            predict = lambda x_t, t: model(half(torch.cat([x_t, first], dim=2) if i2v else x_t), t, half(text))
+            to = lambda x: x.to(self.dtype)
+            predict = lambda x_t, t: model(to(torch.cat([x_t, first], dim=2) if i2v else x_t), t, to(text))
             return training_loss(predict, x_0, eps, t, alpha_bar)
 
-        weights = self.fit(stage, model, list(model.transformer_blocks), steps, lr, plan, loss_of, torch.bfloat16)
+        weights = self.fit(stage, model, list(model.transformer_blocks), steps, lr, plan, loss_of, self.dtype)
         if self.ranks.first:
             out = self.folder / "i2v" if i2v else self.folder
             save_tensors(model.config, {key: value.bfloat16() for key, value in weights.items()}, out / "transformer")

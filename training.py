@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import BadInput, at_least
-from distributed import Ranks, check_compiler, local, reshard
+from distributed import Ranks, check_compiler, find_device, local, reshard
 from resume import agreed_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -85,12 +85,20 @@ def set_defaults(args: argparse.Namespace, by_base: dict[str, tuple], toy: bool)
     for name, values in by_base.items():
         if getattr(args, name) is None:
             setattr(args, name, values[toy])
+    if args.dtype is None:
+        args.dtype = "bf16" if args.plan else usual_dtype(find_device(args.device))  # a plan is for other machines than this one
+
+
+def usual_dtype(device: torch.device) -> str:
+    """Of the computation: bfloat16, but for CPUs without instructions for it, where it takes ten times as long as float32."""
+    slow = device.type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return "fp32" if slow else "bf16"
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """The flags of every trainer that are not the loop's."""
     parser.add_argument("--model", default="checkpoints/toy", help="the base: a folder or a hub id (default: %(default)s)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16", help="of the computation (default: %(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the computation (default: bf16; fp32 on a CPU that has no bfloat16)")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--recompute", nargs="?", const="all", choices=["all", "keep-attention"],
                         help="activation checkpointing: far less memory, a third slower; keep-attention keeps what takes longest")

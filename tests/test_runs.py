@@ -23,8 +23,8 @@ import train_sugar
 from checkpoint import BadInput
 from resume import last_checkpoint, load_checkpoint, save_checkpoint
 
-SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --dropout 0.1 --p 0.4 --lr 0.01"
-SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001"
+SWITCH = "--image-batch 4 --video-batch 2 --images 6 --videos 4 --micro-batch 2 --rank 4 --dropout 0.1 --p 0.4 --lr 0.01 --dtype bf16"
+SUGAR = "--batch 4 --real 4 --triplets 4 --micro-batch 2 --p 0.5 --strategy mix --lr 0.001 --dtype bf16"
 QUIET = "--validate-count 0 --save-every 2"
 
 

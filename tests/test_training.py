@@ -260,7 +260,7 @@ def test_the_plan_counts_the_tokens_of_the_bases_own_image_encoders(base, tmp_pa
 
 @pytest.mark.parametrize("main,batches,more", [
     (train_switch.main, (256, 32), {"rank": 128, "alpha": 64, "dropout": 0.1, "lr": 5e-5}), (train_sugar.main, (64,), {"lr": 1e-5})])
-def test_defaults_are_the_papers_unless_the_base_is_of_the_toys_size(main, batches, more, base, tmp_path, capsys):
+def test_defaults_are_the_papers_unless_the_base_is_of_the_toys_size(main, batches, more, base, tmp_path, monkeypatch, capsys):
     large = tmp_path / "large"
     shutil.copytree(base, large)
     config = large / "transformer" / "config.json"
@@ -275,6 +275,11 @@ def test_defaults_are_the_papers_unless_the_base_is_of_the_toys_size(main, batch
         set_defaults(args, trainer.DEFAULTS, toy)
         wanted = {"steps": steps, **dict(zip(("image_batch", "video_batch") if len(batches) == 2 else ("batch",), batches)), **more, "lr": 3e-4}
         assert all((getattr(args, name) == value) != (toy and name != "lr") for name, value in wanted.items())
+    for has_bf16, flags, dtype in ((True, "", "bf16"), (False, "", "fp32"), (False, "--dtype bf16", "bf16"), (False, "--plan", "bf16")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+        args = trainer.parse([*flags.split(), "--device", "cpu"])
+        set_defaults(args, trainer.DEFAULTS, toy=True)
+        assert args.dtype == dtype  # in bfloat16 a CPU without instructions for it takes ten times as long; a plan is for other machines
     assert main(f"--model {large} --out {tmp_path / 'run'} --device cpu".split()) == 2  # it would draw 64x64 creatures for it
     assert "name data of your own" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
