@@ -395,6 +395,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a.add_argument("--train", default="", help="more flags for all trainings, such as '--steps 1000'; a single one as --train=--compile")
     a.add_argument("--sampling-steps", type=int, default=25, help="default: %(default)s")
     a.add_argument("--quick", action="store_true", help="everything once, in minutes; there is no verdict")
+    a.add_argument("--measured", type=Path, metavar="FILE.jsonl", help="what has been measured elsewhere, the measured.jsonl of another "
+                   "--out: only what it lacks is trained")
     a.add_argument("--device", help="default: cuda where there is one, else cpu")
     m = commands.add_parser("motion", help="Switch's temporal protocol: see motion.py")
     m.add_argument("--out", type=Path, required=True)

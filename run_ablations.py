@@ -2,7 +2,7 @@
 command.
 
 Runs are told apart by what they were trained with, so ablations share those they have in common: runs/ablations/switch-1a2b3c4d-0
-is one training, below it a folder for each way to sample from it.
+is one training, below it a folder for each way to sample from it. What was measured of each is a line of runs/ablations/measured.jsonl.
 """
 
 import argparse
@@ -13,8 +13,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,17 +38,23 @@ from training import set_defaults, settings_of
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
-RECIPE = 1  # one more whenever the same flags would teach something else: other data of the toy's world, other defaults
+RECIPE = 1  # one more whenever the same flags would teach something else, or be scored otherwise: other data of the toy's world, ...
+
+
+class Busy(Exception):
+    """Another process is at a run."""
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Ablations share their runs: another process waits until this one has finished with it."""
+def locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Processes share their runs: where another one is at this one, we wait until it has finished with it, or raise Busy."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise Busy(folder.name) from None
             print(f"another process is at {folder.name}: waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -85,11 +93,14 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     return options, settings
 
 
-def trained(method: str, variant: Variant, seed: int, args) -> Path:
-    """The folder of a finished training; it is trained, or gone on with, where it is not there."""
-    flags = f"{variant.train} {args.train}".strip()
-    if args.quick:
-        flags += f" {QUICK[0]} {QUICK[1][method]}"
+def flags_of(method: str, variant: Variant, args) -> str:
+    quick = f" {QUICK[0]} {QUICK[1][method]}" if args.quick else ""
+    return f"{variant.train} {args.train}".strip() + quick
+
+
+def trained(method: str, flags: str, seed: int, args, wait: bool = True) -> Path:
+    """The folder of a finished training; it is trained, or gone on with, where it is not there. Raises Busy, if it is not to wait, where
+    another process trains it."""
     options, settings = parsed(method, flags, seed, args)
     out, done = options.out, options.out / "done.json"
     two = method == "sugar" and options.strategy != "mix"
@@ -97,7 +108,9 @@ def trained(method: str, variant: Variant, seed: int, args) -> Path:
     second = ("strategy", "p", "synthetic", "frames of a video", "second_steps")
     of_first = {name: value for name, value in settings.items() if name not in second}
     first = args.out / f"first-{digest(of_first)}-{seed}"
-    with locked(out):
+    if done.exists():
+        return out
+    with locked(out, wait):
         if done.exists():
             return out
         print(f"training {out.name}: {flags or 'the defaults'}, seed {seed}")
@@ -123,20 +136,66 @@ def with_scales(method: str, flags: str, model: Path) -> list[str]:
     return [word for pair in sorted(given.items()) for word in pair]
 
 
-def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) -> tuple[dict[str, float], Path, float]:
-    """The mean of each score over the videos of one training, sampled one way; the training; and the seconds that a video took."""
-    if variant.train is None:
+class Point(NamedTuple):
+    """What was measured of one training, sampled one way; a line of measured.jsonl."""
+
+    point: str  # the folder of its videos, whose name says by what they were made
+    flags: str | None  # of the training; None: the toy's own model
+    sample: str  # flags of sample.py
+    seed: int
+    scores: dict[str, float]  # the mean of each over the videos
+    seconds: float  # that a video took
+    trained: dict | None  # steps and seconds of the training
+
+
+def read_measured(path: Path) -> dict[str, Point]:
+    """The points of a measured.jsonl, by their names. Raises BadInput where it cannot be read or a line is something else."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}).") from error
+    points = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            point = Point(**json.loads(line))
+            took = {"step": 0, "seconds": 0} if point.trained is None else point.trained
+            numbers = [point.seconds, *point.scores.values(), *(took[name] for name in ("step", "seconds"))]
+            if not all(value is None or isinstance(value, (int, float)) for value in numbers):
+                raise ValueError("not a number")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BadInput(f"{path}, line {number}: this is no point of an ablation ({error}); remove the line.") from error
+        points[point.point] = point
+    return points
+
+
+def note(point: Point, file: Path) -> None:
+    """Adds it to measured.jsonl, or puts it in the place of an earlier one of its name."""
+    with locked(file):
+        points = read_measured(file) if file.exists() else {}
+        checkpoint.write_jsonl(file, [each._asdict() for each in (points | {point.point: point}).values()])
+
+
+def measured(ablation: Ablation, variant: Variant, sweep: str, seed: int, known: dict[str, Point], args, wait: bool) -> Point:
+    """One row, one seed, one way to sample: from `known`, else from its videos, made and scored where they are not there. Raises Busy, if
+    it is not to wait, where another process is at it."""
+    flags = None if variant.train is None else flags_of(ablation.method, variant, args)
+    if flags is None:
         run = args.model / ablation.method
         videos = args.out / f"{ablation.method}-own-{digest(weights_of(run))}-{seed}"
     else:
-        run = videos = trained(ablation.method, variant, seed, args)
+        run = videos = parsed(ablation.method, flags, seed, args)[0].out
     way = with_scales(ablation.method, f"{variant.sample} {sweep}", args.model)
     folder = videos / f"videos-{digest(way, ablation.looks, args.count, args.sampling_steps)}"
+    name = str(folder.relative_to(args.out))
+    if name in known:
+        return known[name]
+    if flags is not None:
+        trained(ablation.method, flags, seed, args, wait)
     # The base that was only shown videos has no reference to be given.
     blind = ["--no-image"] if variant.train and "video-only" in variant.train else []
     model = ["--model", str(args.model), "--adapter", str(run)] if ablation.method == "switch" else ["--model", str(run)]
     device, took = ["--device", args.device] if args.device else [], folder / "took.json"
-    with locked(folder):
+    with locked(folder, wait):
         there, started = len(list(folder.glob("videos/[!.]*.mp4"))), time.perf_counter()
         # Each seed has subjects, texts and noise of its own, the same for all rows.
         make = ["generate", "--out", str(folder), "--count", str(args.count), "--seed", str(seed + 1),
@@ -150,7 +209,10 @@ def scored(ablation: Ablation, variant: Variant, sweep: str, seed: int, args) ->
     if summary["unreadable"]:
         raise BadInput(f"Some videos of {folder} cannot be scored ({checkpoint.some(sorted(summary['unreadable']))}): remove the folder.")
     seconds = checkpoint.read_json(took)["seconds"] if took.exists() else 0.0
-    return {name: of["mean"] for name, of in summary["means"].items()}, run, seconds
+    scores = {name: of["mean"] for name, of in summary["means"].items()}
+    point = Point(name, flags, " ".join(way), seed, scores, seconds, checkpoint.read_json(run / "done.json") if flags is not None else None)
+    note(point, args.out / "measured.jsonl")
+    return point
 
 
 # --- statistics over seeds --------------------------------------------------------------------------------------------
@@ -214,7 +276,7 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
     if given["steps"] < usual["steps"] or args.count < 64 or args.sampling_steps < 25:
         return (f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling ({given['steps']}, {args.count}, "
                 f"{args.sampling_steps})")
-    if given != usual | {"steps": given["steps"]}:
+    if given != usual | {name: given[name] for name in ("steps", "dtype")}:  # rounding teaches nothing else
         return f"trained with {args.train}"
     known = lambda point: point.get("own_look", point["identity"])  # changed looks hide it
     _, low, _ = over_seeds([max(map(known, line)) for line in results[ablation.control]], 1 / args.count)
@@ -253,7 +315,7 @@ def run(args) -> None:
     """Trains, samples, scores; writes NAME.md and NAME.png."""
     checkpoint.check_out(args.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("An ablation is one process: start several, of other names, beside each other; they share their runs.")
+        raise BadInput("An ablation is one process: start the same command several times, side by side; they share the work.")
     ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
     to_train = [variant for variant in ablation.variants.values() if variant.train is not None]
     if args.train and not to_train:
@@ -262,24 +324,25 @@ def run(args) -> None:
         raise BadInput(f"{args.model} has no folder {ablation.method}, and {args.name} samples from the toy's own model there.")
     own = {"seed": 0, "model": str(args.model), "device": args.device}
     for variant in to_train:  # before the first training
-        options, _ = parsed(ablation.method, f"{variant.train} {args.train}", 0, args)
+        options, _ = parsed(ablation.method, flags_of(ablation.method, variant, args), 0, args)
         for flag, value in own.items():
             if getattr(options, flag) != value:
                 raise BadInput(f"--train {args.train!r}: --{flag} is the ablation's own to give.")
         if ablation.method == "sugar":
             train_sugar.stages_of(options)  # a row may have one stage where another has two
+    known = read_measured(args.measured) if args.measured else {}
     if args.quick:
         args.out, args.count = args.out / "quick", 2
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[Line]] = {label: [] for label in ablation.variants}
-    runs, seconds = set(), []
-    for seed in seeds:
-        for label, variant in ablation.variants.items():
-            points = [scored(ablation, variant, sweep, seed, args) for sweep in ablation.sweep]
-            results[label].append([scores for scores, _, _ in points])
-            runs |= {run for _, run, _ in points if variant.train is not None}
-            seconds += [args.count * each for _, _, each in points]
-    path = write(args, ablation, results, [checkpoint.read_json(run / "done.json") for run in runs], sum(seconds))
+    points: dict[tuple[int, str, str], Point] = {}
+    for wait in (False, True):  # first what no other process is at, so that several share the work
+        for seed, label, sweep in product(seeds, ablation.variants, ablation.sweep):
+            if (seed, label, sweep) not in points:
+                with suppress(Busy):
+                    points[seed, label, sweep] = measured(ablation, ablation.variants[label], sweep, seed, known, args, wait)
+    results = {label: [[points[seed, label, sweep].scores for sweep in ablation.sweep] for seed in seeds] for label in ablation.variants}
+    runs = {Path(point.point).parts[0]: point.trained for point in points.values() if point.trained}
+    path = write(args, ablation, results, list(runs.values()), sum(args.count * point.seconds for point in points.values()))
     print(f"\n{path.read_text()}\nwrote {path} and .png")
 
 

@@ -9,12 +9,15 @@ import pytest
 import evaluate
 import figures
 import measure
+import run_ablations
 import sample
 import train_sugar
 import train_switch
 import untrained
 from ablations import ABLATIONS, SCORES, Finding
-from run_ablations import difference, no_verdict, over_seeds, parsed, trained, verdict
+from run_ablations import Busy, Point, difference, flags_of, locked, no_verdict, over_seeds, parsed, read_measured, trained, verdict
+
+POINT = Point("run/videos", "", "", 0, {"look": 1.0, "clip_t": None}, 2.0, {"flags": "", "step": 1, "seconds": 1.0})._asdict()
 
 
 @pytest.mark.parametrize("name", list(ABLATIONS))
@@ -106,7 +109,8 @@ def test_a_short_run_or_one_that_has_learnt_nobody_gives_no_verdict(tmp_path):
     usual = {"count": 64, "sampling_steps": 25, "seeds": 3, "quick": False, "train": "", "model": tmp_path / "toy", "out": tmp_path, "device": None}
     reason = lambda identity=0.5, **more: no_verdict(
         ABLATIONS["switch-cls"], {"with <cls>": [[{"identity": identity}]] * 3}, SimpleNamespace(**usual | more))
-    assert reason() == "" and reason(train="--steps 5000") == ""
+    assert reason() == "" and all(reason(train=flags) == "" for flags in ("--steps 5000", "--dtype fp32", "--dtype bf16 --compile"))
+    assert "trained with --rank 4" in reason(train="--rank 4")
     assert "fewer than 3 seeds" in reason(seeds=2) and "--quick" in reason(quick=True)
     assert all("fewer than 2000 steps" in reason(**less) for less in ({"count": 63}, {"sampling_steps": 24}, {"train": "--steps 1"}))
     assert "does not know its subjects" in reason(2 / 16) and "does not know" not in reason(0.2)
@@ -160,9 +164,50 @@ def test_quick_ablations_run_and_share_their_runs(tmp_path, monkeypatch, capsys)
     assert made == {file: file.stat().st_mtime_ns for file in out.glob("*/videos-*/videos/*.mp4")}
     args = evaluate.parse(command("switch-t2v"))
     args.out, args.count = out, 2
-    assert trained("switch", ABLATIONS["switch-t2v"].variants["I2V"], 0, args).is_dir()
+    assert trained("switch", flags_of("switch", ABLATIONS["switch-t2v"].variants["I2V"], args), 0, args).is_dir()
+    # Nor elsewhere, where what was measured here is given.
+    elsewhere = ["--out", str(tmp_path / "elsewhere"), "--measured", str(out / "measured.jsonl")]
+    for name in ("switch-cls", "sugar-synthetic", "sugar-guidance"):
+        assert evaluate.main([*command(name), *elsewhere]) == 0
+        assert (tmp_path / "elsewhere/quick" / f"{name}.md").read_text() == (out / f"{name}.md").read_text()
+    assert not list((tmp_path / "elsewhere").rglob("*.mp4")) and len(read_measured(out / "measured.jsonl")) == 2 + 2 * 3 + 5
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert evaluate.main(command("switch-cls")) == 2
+
+
+def test_processes_side_by_side_do_each_what_no_other_is_at(tmp_path, monkeypatch):
+    ablation, asked, scores = ABLATIONS["switch-p"], [], dict.fromkeys(SCORES, 0.5)
+
+    def stub(ablation, variant, sweep, seed, known, args, wait):
+        asked.append((seed, variant.train, wait))
+        if asked[-1] == (1, "--p 0.4", False):
+            raise Busy
+        return Point(f"switch-{seed}-{variant.train}/videos", variant.train, "", seed, scores, 1.0, {"step": 1, "seconds": 1.0})
+
+    monkeypatch.setattr(run_ablations, "measured", stub)
+    untrained.init(tmp_path / "toy")
+    assert evaluate.main(f"ablate switch-p --model {tmp_path / 'toy'} --out {tmp_path / 'out'} --device cpu".split()) == 0
+    rows = [variant.train for variant in ablation.variants.values()]
+    assert asked == [(seed, row, False) for seed in range(3) for row in rows] + [(1, "--p 0.4", True)]
+    assert "12 trainings" in (tmp_path / "out/switch-p.md").read_text()
+    with locked(tmp_path / "run"):
+        with pytest.raises(Busy), locked(tmp_path / "run", wait=False):
+            pytest.fail("two at one run")
+    with locked(tmp_path / "run", wait=False):
+        pass
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"point": "a"}', POINT | {"scores": {"look": "high"}}, POINT | {"scores": None}, POINT | {"more": 1},
+                                  POINT | {"trained": {"step": "many"}}, POINT | {"trained": []}])
+def test_a_line_that_was_not_measured_is_named(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_switch, "run", lambda args: pytest.fail("it trained"))
+    file = tmp_path / "measured.jsonl"
+    file.write_text(f"{json.dumps(POINT)}\n{line if isinstance(line, str) else json.dumps(line)}\n")
+    assert evaluate.main(["ablate", "switch-cls", "--out", str(tmp_path / "out"), "--measured", str(file)]) == 2
+    assert f"{file}, line 2: this is no point of an ablation" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    file.unlink()
+    assert evaluate.main(["ablate", "switch-cls", "--out", str(tmp_path / "out"), "--measured", str(file)]) == 2
+    assert f"{file} cannot be read" in capsys.readouterr().err
 
 
 def test_an_unknown_ablation_lists_them(capsys):
