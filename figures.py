@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from media import fit
 
-KEPT, DROPPED, INK, BAR = (46, 140, 80), (200, 60, 60), (40, 40, 48), (96, 132, 190)
+KEPT, DROPPED, INK, BAR, GRID = (46, 140, 80), (200, 60, 60), (40, 40, 48), (96, 132, 190), (232, 232, 236)
 
 
 def font(size: int = 13) -> ImageFont.FreeTypeFont:
@@ -72,53 +72,59 @@ COLOURS = [(31, 119, 180), (214, 96, 40), (46, 140, 80), (170, 60, 120), (120, 1
 Interval = tuple[float, float, float]  # mean, and the bounds of its confidence interval
 
 
-def axis(low: float, high: float) -> tuple[float, float]:
-    """A range with some air, that is never empty."""
-    air = 0.08 * (high - low) or 0.05
-    return low - air, high + air
+def axis(low: float, high: float, ticks: int = 5) -> np.ndarray:
+    """Round numbers, each a step of 1, 2, 2.5 or 5 times a power of ten above the one before, that hold low..high in `ticks` steps or one more."""
+    if high - low < 1e-6:  # a single value: it stands in the middle
+        low, high = low - 0.05, high + 0.05
+    wide = (high - low) / ticks
+    power = 10.0 ** np.floor(np.log10(wide))
+    step = power * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * power >= wide * (1 - 1e-9))
+    return step * np.arange(np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9) + 1)
 
 
 def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, title: str, width: int = 560,
             height: int = 420) -> Image.Image:
     """A line of points for each name, with intervals in both directions, as the papers' trade-off figures."""
-    image = Image.new("RGB", (width, height), "white")
-    draw, left, right, top, bottom = ImageDraw.Draw(image), 70, width - 20, 60, height - 60
-    finite = lambda values: [value for value in values if np.isfinite(value)] or [0.0]
     whole = lambda interval: [value if np.isfinite(value) else interval[0] for value in interval]  # of one seed there is none
-    points = {name: [(whole(one), whole(two)) for one, two in line] for name, line in points.items()}
-    every = [point for line in points.values() for point in line]
-    ranges = [axis(min(finite(p[i][1] for p in every)), max(finite(p[i][2] for p in every))) for i in (0, 1)]
-    place = lambda value, i: (left + (value - ranges[0][0]) / (ranges[0][1] - ranges[0][0]) * (right - left) if i == 0 else
-                              bottom - (value - ranges[1][0]) / (ranges[1][1] - ranges[1][0]) * (bottom - top))
+    lines = {name: [[*map(whole, point)] for point in line if np.isfinite([each[0] for each in point]).all()] for name, line in points.items()}
+    bounds = np.array([point for line in lines.values() for point in line] or [[[0.0]] * 2])  # [points, x and y, mean and bounds]
+    ticks = [axis(bounds[:, i].min(), bounds[:, i].max()) for i in (0, 1)]
+    rows, wide = [[]], 0.0  # of the legend
+    for number, name in enumerate(lines):
+        long = font(12).getlength(name) + 30
+        if rows[-1] and wide + long > width - 12:
+            rows, wide = [*rows, []], 0.0
+        rows[-1].append((wide, number, name))
+        wide += long
+    left, right, top, bottom = 70, width - 20, 64 + 18 * len(rows), height - 60 + 18 * len(rows)
+    image = Image.new("RGB", (width, bottom + 60), "white")
+    draw, colour = ImageDraw.Draw(image), lambda number: COLOURS[number % len(COLOURS)]
+    across = lambda value: left + (value - ticks[0][0]) / np.ptp(ticks[0]) * (right - left)
+    up = lambda value: bottom - (value - ticks[1][0]) / np.ptp(ticks[1]) * (bottom - top)
     draw.text((6, 8), title, fill=INK, font=font(15))
-    draw.rectangle((left, top, right, bottom), outline=INK)
-    for i, name in enumerate((x, y)):
-        for value in np.linspace(*ranges[i], 5):
-            at = (place(value, 0), bottom + 4) if i == 0 else (left - 6, place(value, 1))
-            draw.text(at, f"{value:.2f}", fill=INK, font=font(11), anchor="mt" if i == 0 else "rm")
-        draw.text(((left + right) / 2, height - 30) if i == 0 else (6, 44), name, fill=INK, font=font(), anchor="mt" if i == 0 else "lm")
-    taken: list[tuple[float, ...]] = []  # by names
-    for number, (name, line) in enumerate(points.items()):
-        colour, middles = COLOURS[number % len(COLOURS)], []
+    for row, entries in enumerate(rows):
+        for start, number, name in entries:
+            draw.ellipse((6 + start, 36 + 18 * row, 14 + start, 44 + 18 * row), fill=colour(number))
+            draw.text((19 + start, 40 + 18 * row), name, fill=INK, font=font(12), anchor="lm")
+    for value in ticks[0]:
+        draw.line((across(value), top, across(value), bottom), fill=GRID)
+        draw.text((across(value), bottom + 4), f"{value:.4g}", fill=INK, font=font(11), anchor="mt")
+    for value in ticks[1]:
+        draw.line((left, up(value), right, up(value)), fill=GRID)
+        draw.text((left - 6, up(value)), f"{value:.4g}", fill=INK, font=font(11), anchor="rm")
+    draw.text(((left + right) / 2, bottom + 30), x, fill=INK, font=font(), anchor="mt")
+    draw.text((6, top - 14), y, fill=INK, font=font(), anchor="lm")
+    for number, line in enumerate(lines.values()):  # below what is to be seen first
         for one, two in line:
-            if not np.isfinite([*one, *two]).all():
-                continue
-            at = place(one[0], 0), place(two[0], 1)
-            draw.line((place(one[1], 0), at[1], place(one[2], 0), at[1]), fill=colour)
-            draw.line((at[0], place(two[1], 1), at[0], place(two[2], 1)), fill=colour)
-            draw.ellipse((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4), fill=colour)
-            middles.append(at)
-        if len(middles) > 1:
-            draw.line(middles, fill=colour, width=2)
-        if middles:
-            corners = [((middles[-1][0] + dx, middles[-1][1] + dy), ("l" if dx > 0 else "r") + ("s" if dy < 0 else "t"))
-                       for dx, dy in ((7, -7), (7, 7), (-7, -7), (-7, 7))]
-            boxes = [draw.textbbox(at, name, font(12), anchor) for at, anchor in corners]
-            apart = lambda a, b: a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
-            free = [i for i, box in enumerate(boxes) if 0 < box[0] and box[2] < width and all(apart(box, other) for other in taken)]
-            (at, anchor), box = next(((corners[i], boxes[i]) for i in free), (corners[0], boxes[0]))
-            draw.text(at, name, fill=colour, font=font(12), anchor=anchor)
-            taken.append(box)
+            pale = tuple((part + 2 * 255) // 3 for part in colour(number))
+            draw.line((across(one[1]), up(two[0]), across(one[2]), up(two[0])), fill=pale)
+            draw.line((across(one[0]), up(two[1]), across(one[0]), up(two[2])), fill=pale)
+    for number, line in enumerate(lines.values()):
+        middles = [(across(one[0]), up(two[0])) for one, two in line]
+        draw.line(middles, fill=colour(number), width=2)
+        for at in middles:
+            draw.ellipse((at[0] - 4, at[1] - 4, at[0] + 4, at[1] + 4), fill=colour(number))
+    draw.rectangle((left, top, right, bottom), outline=INK)
     return image
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 import evaluate
 import figures
@@ -213,6 +214,15 @@ def test_a_line_that_was_not_measured_is_named(line, tmp_path, monkeypatch, caps
 def test_an_unknown_ablation_lists_them(capsys):
     assert evaluate.main(["ablate", "nothing"]) == 2
     assert "there are switch-strategy, " in capsys.readouterr().err
+
+
+@given(st.floats(-1e3, 1e3), st.floats(0, 1e3))
+def test_an_axis_has_round_numbers_that_hold_what_it_shows(low, wide):
+    ticks = figures.axis(low, low + wide)
+    step = ticks[1] - ticks[0]
+    assert ticks[0] <= low + 1e-6 * step and low + wide <= ticks[-1] + 1e-6 * step and 3 <= len(ticks) <= 7
+    assert np.allclose(np.diff(ticks), step) and min(abs(step / 10.0 ** power / of - 1) for power in range(-9, 4) for of in (1, 2, 2.5, 5)) < 1e-6
+    assert f"{ticks[0] / step:.6f}".endswith(".000000")  # each a multiple of the step
 
 
 def test_charts_show_every_row():
