@@ -187,11 +187,16 @@ def read_videos(folder: Path) -> list[dict]:
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             rows.append(json.loads(line))
-            lacking = {"name", "prompt", "subject", "image"} - rows[-1].keys()
+            lacking = [name for name in ("name", "prompt", "subject", "image") if not isinstance(rows[-1].get(name), str)]
+            match rows[-1].get("toy", [0, ["plain"], 0]):  # ToyTest(seed, looks)[number]
+                case [int(seed), [_, *_] as looks, int(i)] if min(seed, i) >= 0 and all(look in list(world.LOOKS) for look in looks):
+                    pass
+                case _:
+                    raise BadInput(f'Line {number} of {file} has a "toy" that evaluate.py generate did not write: run it again.')
         except (ValueError, AttributeError) as error:
             raise BadInput(f"Line {number} of {file} is no JSON object: run evaluate.py generate again.") from error
         if lacking:
-            raise BadInput(f'Line {number} of {file} has no "{sorted(lacking)[0]}".')
+            raise BadInput(f'Line {number} of {file} has no text as its "{lacking[0]}": run evaluate.py generate again.')
     if not rows:
         raise BadInput(f"{file} is empty: run evaluate.py generate again.")
     return rows
@@ -274,6 +279,9 @@ def set_of(folders: list[Path], asked: str | None) -> str:
     files = [folder / "settings.json" for folder in folders]
     sets = {folder: checkpoint.read_json(file).get("set", "toy") if file.exists() else asked or "toy"
             for folder, file in zip(folders, files)}
+    for file, name in zip(files, sets.values()):
+        if not isinstance(name, str) or name not in SETS:
+            raise BadInput(f"{file} names the set {name!r}; there are {', '.join(SETS)}.")
     if len({*sets.values(), *([asked] if asked else [])}) > 1:
         raise BadInput("One table is of one set: " + ", ".join(f"{folder} is of {name}" for folder, name in sets.items()) +
                        (f", and --set is {asked}" if asked else "") + ".")
@@ -409,8 +417,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     m.add_argument("--per-class", type=int, default=300, help="videos of each class (default: %(default)s)")
     for name, pixels in (("camera", 10), ("small", 25), ("medium", 50)):
         m.add_argument(f"--{name}", type=float, default=pixels, help="pixels at a height of 480 (default: %(default)s)")
-    for name, value in (("frames", 49), ("height", 480), ("width", 720), ("fps", 8)):
-        m.add_argument(f"--{name}", type=int, default=value, help="of real and generated videos (default: %(default)s)")
+    for name in ("frames", "height", "width", "fps"):
+        m.add_argument(f"--{name}", type=int, help=f"of real and generated videos (default: {getattr(media.Clip, name)})")
     m.add_argument("--own", help="a checkpoint that has or names DINO and Grounded SAM (default: checkpoints/toy)")
     m.add_argument("--i3d", type=Path, help="rgb_imagenet.pt; without it the checkpoint's own DINO stands in")
     m.add_argument("--raft", type=Path, help="raft-things.pth; without it a classical estimator stands in")

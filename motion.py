@@ -13,6 +13,7 @@ features of frames stand in for I3D's of videos.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,12 +25,14 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 import media
+import sample
 import world
 from cache import digest_of
 from checkpoint import BadInput, at_least, check_seed
 from data import Broken
 from encoders import GroundedSAM, find
 from media import Clip
+from pipeline import Request
 from readers import Videos
 from stages import Run
 from tables import TEMPORAL
@@ -51,8 +54,9 @@ def class_of(subject: float, background: float, height: int, args: argparse.Name
     return CLASSES[int(subject > args.small * scale) + int(subject > args.medium * scale)], ""
 
 
-def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | None) -> tuple[int, Callable[[int], tuple]]:
-    """How many videos there are, and a function that gives the frames, caption, noun, and mask of the subject in the first frame of one."""
+def videos_of(args: argparse.Namespace, clip: Clip, load: Callable[[], GroundedSAM]) -> tuple[int, Callable[[int], tuple]]:
+    """How many videos there are, and a function that gives the frames, caption, noun, and mask of the subject in the first frame of one.
+    load: the segmenter of real ones, when there are some."""
     if args.data is None:
         def toy(i):
             drawn = world.sample_masked(np.random.default_rng((args.seed, 41, i)), "test")
@@ -65,6 +69,7 @@ def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | Non
         videos.rows = [row for row in videos.rows if row.video not in trained]
         if not videos.rows:
             raise BadInput(f"--trained-share {args.trained_share} leaves none of the videos of {args.data}.")
+    segmenter = load()
 
     def real(i):
         example = videos[i]
@@ -78,8 +83,7 @@ def videos_of(args: argparse.Namespace, clip: Clip, segmenter: GroundedSAM | Non
 
 def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) -> list[dict]:
     """Steps 1 to 4. Real clips and their first frames are written below the run's folder."""
-    segmenter = GroundedSAM(model, run.ranks.device) if args.data else None
-    count, video = videos_of(args, clip, segmenter)
+    count, video = videos_of(args, clip, lambda: GroundedSAM(model, run.ranks.device))
 
     def work(todo: list[dict]) -> Iterator[dict]:
         for item in todo:
@@ -113,6 +117,18 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
     return [item for name in CLASSES for item in [row for row in kept if row["class"] == name][: args.per_class]]
 
 
+def clip_of(args: argparse.Namespace) -> Clip:
+    """The size, length and rate of real and generated videos."""
+    given = {name: getattr(args, name) for name in ("frames", "height", "width", "fps") if getattr(args, name) is not None}
+    if args.data is None and given:
+        raise BadInput(f"--{next(iter(given))} {next(iter(given.values()))} is for --data, and none is given: the toy's videos have "
+                       f"{world.FRAMES} frames of {world.SIZE}x{world.SIZE}.")
+    clip = Clip(**given) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
+    if clip.frames < 9:
+        raise BadInput(f"--frames {clip.frames}: motion takes 9 frames at least.")
+    return clip
+
+
 def motion(args: argparse.Namespace) -> None:
     from evaluate import given, made_by, make  # whose command this is
     from flow import Flow
@@ -126,23 +142,29 @@ def motion(args: argparse.Namespace) -> None:
         raise BadInput(f"--trained-share {args.trained_share}: choose a share of the videos from 0 up to, but not, 1.")
     if args.trained_share and args.data is None:
         raise BadInput("--trained-share is of --data, and none is given: what the toy is tested on is held out anyway.")
+    if args.trained_seed and not args.trained_share:
+        raise BadInput(f"--trained-seed {args.trained_seed} has no effect without --trained-share: give both.")
+    if not 0 <= args.camera < math.inf or not 0 <= args.small <= args.medium < math.inf:
+        raise BadInput(f"--camera {args.camera:g} --small {args.small:g} --medium {args.medium:g}: choose pixels from 0 up, --small no more "
+                       f"than --medium.")
     at_least(1, args, "count", "per_class", "frames", "height", "width", "fps")
-    clip = Clip(args.frames, args.height, args.width, args.fps) if args.data else Clip(world.FRAMES, world.SIZE, world.SIZE, 8)
-    if clip.frames % 8 != 1 or clip.frames < 9:
-        raise BadInput(f"--frames {clip.frames}: a video has 8k+1 frames, 9 at least.")
+    clip = clip_of(args)
     for name in given(args.sample, "frames", "height", "width", "fps"):
         raise BadInput(f"--{name} is not for sample.py here, behind --: real and generated videos have one size and length, which "
                        f"evaluate.py motion gives it.")
     size = ["--frames", str(clip.frames), "--height", str(clip.height), "--width", str(clip.width), "--fps", str(clip.fps)]
     flags = [*size, *(["--device", args.device] if args.device else []), *args.sample]
+    asked = sample.parse([*flags, "--prompts", "list.jsonl"])
+    like = Request("a video", asked.negative_prompt, asked.seed, args.out, None if args.no_image else "first.png", asked.mask, asked.subject)
+    sample.open_sampler(asked, str(ranks.device), [like])  # what it cannot do it says now
     # What is needed in the end is looked at in the beginning.
     network = load_i3d(args.i3d).to(ranks.device) if args.i3d is not None else None
     likeness = None if network else Similarity(model, ranks.device)
     about = {"data": args.data and str(args.data), "data's digest": args.data and digest_of(args.data, args.out), "clip": str(clip),
              "trained": [args.trained_share, args.trained_seed], "seed": args.seed}  # whose first frames and captions they are
     made_by(args.out, {"image": not args.no_image, **about}, flags)
-    run = Run(args.out, ranks)
-    chosen = classify(args, run, clip, model, Flow(args.raft, ranks.device))
+    run, flow = Run(args.out, ranks), Flow(args.raft, ranks.device)
+    chosen = classify(args, run, clip, model, flow)
     if not chosen:
         raise BadInput(f"No video is left in any class: {args.out / 'classes.jsonl'} says why.")
     listing = args.out / "list.jsonl"
@@ -178,8 +200,8 @@ def motion(args: argparse.Namespace) -> None:
             real, fake = [args.out / item["real"] for item in of_class], [generated[item["id"]] for item in of_class]
             distance = frechet_distance(features(shown(real, f"{name}, real")), features(shown(fake, f"{name}, generated")))
             rows[name] = {"videos": len(of_class), "distance": distance}
-    checkpoint.write_json(args.out / "motion.json", {"by": by, "classes": rows, "unreadable": unreadable})
-    lines = [by, "", "| | small | medium | large |", "|---|---|---|---|"]
+    checkpoint.write_json(args.out / "motion.json", {"by": by, "flow": flow.name, "classes": rows, "unreadable": unreadable})
+    lines = [f"{by}; classes by {flow.name}", "", "| | small | medium | large |", "|---|---|---|---|"]
     lines += [f"| {title} (the paper, FVD) | " + " | ".join(f"{value:.2f}" for value in row) + " |" for title, row in TEMPORAL.items()]
     cells = [f"{rows[name]['distance']:.4g} ({rows[name]['videos']} videos)" if name in rows else "too few videos" for name in CLASSES]
     lines.append(f"| {args.out.name} | " + " | ".join(cells) + " |")

@@ -389,7 +389,7 @@ def dreambench(folder: Path) -> list[Photograph]:
     if not listing.is_file():
         raise BadInput(f"{folder} has no prompts_and_classes.txt: is it DreamBench's dataset folder?")
     photographs, kinds = [], {noun: kind for kind, nouns in CLASSES.items() for noun in nouns}
-    for subject, noun in re.findall(r"^(\w+),([\w ]+)$", listing.read_text(encoding="utf-8"), flags=re.MULTILINE):
+    for subject, noun in re.findall(r"^(\w+),([\w ]+)$", listing.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE):
         if subject == "subject_name":
             continue
         if noun not in kinds:

@@ -83,7 +83,7 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     set_defaults(options, trainer.DEFAULTS, toy=True)
     if method == "sugar" and options.strategy == "mix":
         options.steps *= 2
-    settings = {name: value for name, value in settings_of(options).items() if name != "seed"}
+    settings = {name: value for name, value in settings_of(options).items() if name not in ("seed", "dtype")}  # rounding teaches nothing else
     settings |= {"of": weights_of(args.model), "recipe": RECIPE}
     if getattr(options, "synthetic", None) == "image":
         settings["frames of a video"] = OneFrame.EACH
@@ -276,7 +276,7 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
     if given["steps"] < usual["steps"] or args.count < 64 or args.sampling_steps < 25:
         return (f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling ({given['steps']}, {args.count}, "
                 f"{args.sampling_steps})")
-    if given != usual | {name: given[name] for name in ("steps", "dtype")}:  # rounding teaches nothing else
+    if given != usual | {"steps": given["steps"]}:
         return f"trained with {args.train}"
     known = lambda point: point.get("own_look", point["identity"])  # changed looks hide it
     _, low, _ = over_seeds([max(map(known, line)) for line in results[ablation.control]], 1 / args.count)
@@ -333,6 +333,8 @@ def run(args) -> None:
     known = read_measured(args.measured) if args.measured else {}
     if args.quick:
         args.out, args.count = args.out / "quick", 2
+    if (args.out / "measured.jsonl").exists():
+        read_measured(args.out / "measured.jsonl")  # to which is added: no training is to end at a damaged line
     args.out.mkdir(parents=True, exist_ok=True)
     points: dict[tuple[int, str, str], Point] = {}
     for wait in (False, True):  # first what no other process is at, so that several share the work

@@ -189,7 +189,6 @@ def prepare_images(requests: list[Request], sampler: Sampler, settings: Settings
     """Opens every image, cuts its subject out and fits it: fills source, cutout, reference and fit of each request."""
     masks, segment, warnings = {}, None, []
     for request in requests:
-        check_image_use(request, sampler)
         if request.image is not None:
             request.source = media.open_image(request.image)
             masks[id(request)] = media.alpha_mask(request.source)
@@ -228,6 +227,16 @@ def check_image_use(request: Request, sampler: Sampler) -> None:
                        "SUGAR.")
 
 
+def open_sampler(args: argparse.Namespace, device: str, requests: list[Request]) -> tuple[Sampler, Settings]:
+    """The checkpoint, of which nothing large is read yet, and how it samples. Raises what it cannot do of what is asked for."""
+    sampler = Sampler(args.model, args.adapter, device, args.dtype)
+    settings = read_settings(args, sampler)
+    check_effects(args, sampler, settings, requests)
+    for request in requests:
+        check_image_use(request, sampler)
+    return sampler, settings
+
+
 def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, list[Request], int]:
     """Everything that can be wrong, found. Returns what this process, one of several under torchrun, has to do."""
     (rank, world), device = distributed.place(), str(distributed.find_device(args.device))
@@ -245,10 +254,8 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
         return None, None, [], rank
     if args.compile:
         distributed.check_compiler(device)
-    sampler = Sampler(args.model, args.adapter, device, args.dtype)
+    sampler, settings = open_sampler(args, device, everything)  # judged by the whole list, so that all ranks agree
     sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
-    settings = read_settings(args, sampler)
-    check_effects(args, sampler, settings, everything)  # judged by the whole list, so that all ranks agree
     together, branches = world > 1 and args.prompts is None, sampler.branch_count(settings, with_image=requests[0].image is not None)
     if together:  # before heavy work
         groups, within = distributed.video_groups(world, branches, sampler.config.num_attention_heads)

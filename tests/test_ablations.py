@@ -124,6 +124,7 @@ def test_what_a_run_depends_on_tells_it_apart(tmp_path):
     args = SimpleNamespace(model=tmp_path / "toy", out=tmp_path, device=None)
     name = lambda flags: parsed("sugar", flags, 0, args)[0].out
     assert name("--p 0.5 --strategy tsf") == name("--strategy tsf") != name("--strategy ts")
+    assert name("--dtype bf16") == name("--dtype fp32") == name("--compile --micro-batch 2")  # computers differ in what is fast
     mixed, staged = (parsed("sugar", f"--strategy {strategy}", 0, args)[0] for strategy in ("mix", "tsf"))
     assert mixed.steps == 2 * staged.steps  # which has two stages
     before = name("")
@@ -209,6 +210,10 @@ def test_a_line_that_was_not_measured_is_named(line, tmp_path, monkeypatch, caps
     file.unlink()
     assert evaluate.main(["ablate", "switch-cls", "--out", str(tmp_path / "out"), "--measured", str(file)]) == 2
     assert f"{file} cannot be read" in capsys.readouterr().err
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/measured.jsonl").write_text("half a li")  # to which is added
+    assert evaluate.main(["ablate", "switch-cls", "--out", str(tmp_path / "out")]) == 2
+    assert "out/measured.jsonl, line 1: this is no point" in capsys.readouterr().err
 
 
 def test_an_unknown_ablation_lists_them(capsys):

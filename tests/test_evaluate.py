@@ -467,13 +467,22 @@ def test_bad_input(base, tmp_path, capsys):
     assert "--fps nan: choose more than 0" in capsys.readouterr().err
     lines = (folder / "videos.jsonl").read_text().splitlines()
     for content, said in (("", "is empty"), (f"{lines[0]}\n{lines[1][:30]}", "Line 2 of .*videos.jsonl is no JSON object"),
-                          ('{"name": "a", "prompt": "b", "subject": "c"}', 'Line 1 of .*videos.jsonl has no "image"'),
+                          ('{"name": "a", "prompt": "b", "subject": "c"}', 'Line 1 of .*videos.jsonl has no text as its "image"'),
+                          *((json.dumps(json.loads(lines[0]) | {name: value}), f'Line 1 of .*videos.jsonl has no text as its "{name}"')
+                            for name, value in (("image", 3), ("prompt", None), ("subject", None), ("name", ["a"]))),
+                          *((json.dumps(json.loads(lines[0]) | {"toy": value}), 'Line 1 of .*videos.jsonl has a "toy"')
+                            for value in (None, 3, [], [1, ["plain"]], [-1, ["plain"], 0], [0, [], 0], [0, ["odd"], 0], [0, [["plain"]], 0])),
                           ("\udcff", "Line 1 of"), ("3", "Line 1 of")):
         (folder / "videos.jsonl").write_text(content, errors="surrogateescape")
         for command in (["score", str(folder), "--own", str(base)], ["sheet", str(folder)]):
             assert evaluate.main(command) == 2 and re.search(said, capsys.readouterr().err), (content, command)
+    (folder / "videos.jsonl").write_text("\n".join(lines))
+    for name in ("foo", ["sugar"], None):
+        (folder / "settings.json").write_text(json.dumps({"set": name}))
+        assert evaluate.main(["score", str(folder), "--own", str(base)]) == 2
+        assert f"settings.json names the set {name!r}; there are sugar, switch, toy" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    for command in ("generate", "motion", "ablate switch-p"):
+    for command in ("generate", "motion --no-image", "ablate switch-p"):
         assert evaluate.main([*command.split(), "--out", str(tmp_path / "file")]) == 2 and "file is a file: give a folder" in capsys.readouterr().err
 
 

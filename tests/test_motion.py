@@ -68,7 +68,7 @@ def test_the_protocol_from_videos_to_distances(tmp_path, capsys, monkeypatch):
     assert evaluate.main([*command[:3], "--seed", "1", *command[3:]]) == 2
     assert "were made with seed = 0, and now it is 1" in capsys.readouterr().err, "videos of other clips are not reused"
     table = (tmp_path / "run" / "table.md").read_text()
-    assert table.startswith(found["by"]) and table.splitlines()[-1].count("videos)") == len(found["classes"])
+    assert table.startswith(f"{found['by']}; classes by classical") and found["flow"].startswith("classical") and table.splitlines()[-1].count("videos)") == len(found["classes"])
 
 
 def test_videos_of_ones_own_with_i3d(tmp_path, capsys, monkeypatch):
@@ -113,12 +113,29 @@ def test_what_training_saw_is_left_out(tmp_path, seed):
     args = evaluate.parse(["motion", "--out", str(tmp_path), "--data", str(tmp_path / "videos.csv"), "--trained-share", str(share),
                            "--trained-seed", str(seed % 1000)])
     tested = []
-    count, video = motion.videos_of(args, clip, None)
+    count, video = motion.videos_of(args, clip, lambda: None)
     for i in range(count):
         with pytest.raises(Broken) as error:  # there is no file, which the sentence names
             video(i)
         tested.append(str(error.value).split("/")[-1].split()[0])
     assert sorted([*tested, *trained]) == names
+
+
+@pytest.mark.parametrize("flags,said", [
+    ("--camera nan", "--camera nan --small 25 --medium 50: choose pixels from 0 up"), ("--small -5", "choose pixels from 0 up"),
+    ("--small 60", "--small no more than --medium"), ("--medium inf", "choose pixels"), ("--frames 17", "--frames 17 is for --data"),
+    ("--height 480", "the toy's videos have 9 frames of 64x64"), ("--trained-seed 3", "--trained-seed 3 has no effect without --trained-share"),
+    ("--data DATA --frames 10", "--frames 10: a video has 1 or 8k+1 frames"), ("--data DATA --frames 1", "motion takes 9 frames at least"),
+    ("--data DATA --height 50", "--height 50 is not a multiple of 16"), ("--data DATA", "takes no image: add a Switch --adapter"),
+    ("--data NOWHERE --no-image", "There is no")])
+def test_what_cannot_be_is_said_before_any_video_is_classified(flags, said, base, tmp_path, capsys, monkeypatch):
+    for name in ("classify",) * ("NOWHERE" not in flags) + ("GroundedSAM",):
+        monkeypatch.setattr(motion, name, lambda *_: pytest.fail("it had begun"))
+    (tmp_path / "DATA.csv").write_text("video,caption\nnone.mp4,a dog\n")
+    flags = flags.replace("DATA", str(tmp_path / "DATA.csv")).replace("NOWHERE", str(tmp_path / "nowhere.csv"))
+    monkeypatch.setattr(motion, "find", lambda *_: base / "dino")
+    assert evaluate.main(["motion", *flags.split(), "--out", str(tmp_path / "run"), "--own", str(base), "--device", "cpu", "--", "--model", str(base)]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["1", "-0.1", "nan"])
