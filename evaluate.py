@@ -149,9 +149,9 @@ def given(flags: list[str], *names: str) -> list[str]:
 def made_by(out: Path, settings: dict, flags: list[str]) -> None:
     """Notes in out/settings.json by what the videos are made, and raises where there are videos that something else made."""
     checkpoint.check_out(out)
-    if given(flags, "prompts", "out"):
-        raise BadInput("--prompts and --out are not for sample.py here, behind --: evaluate.py gives it the list and a folder in its own "
-                       "--out.")
+    if given(flags, "prompts", "out", "seed"):
+        raise BadInput("--prompts, --out and --seed are not for sample.py here, behind --: evaluate.py gives it the list, in which each "
+                       "video has a seed of its own, and a folder in its own --out. evaluate.py's --seed is another list.")
     parsed = sample.parse([*flags, "--prompts", "list.jsonl"])
     model, there = Path(parsed.model), Path(parsed.model).is_dir()
     cut_by = ("grounding_dino", "sam") if settings.get("cut_out") or parsed.subject else ()

@@ -1,4 +1,4 @@
-"""Pictures beside the numbers, drawn with Pillow: sheets of what was kept and dropped, histograms with their thresholds."""
+"""Pictures beside the numbers, drawn with Pillow: sheets of what was kept and dropped, histograms with their thresholds, charts."""
 
 import textwrap
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ Interval = tuple[float, float, float]  # mean, and the bounds of its confidence 
 
 
 def axis(low: float, high: float, ticks: int = 5) -> np.ndarray:
-    """Round numbers, each a step of 1, 2, 2.5 or 5 times a power of ten above the one before, that hold low..high in `ticks` steps or one more."""
+    """Round numbers, each a step of 1, 2, 2.5 or 5 times a power of ten above the one before, that hold low..high in `ticks` + 1 steps at most."""
     if high - low < 1e-6:  # a single value: it stands in the middle
         low, high = low - 0.05, high + 0.05
     wide = (high - low) / ticks

@@ -81,8 +81,8 @@ def videos_of(args: argparse.Namespace, clip: Clip, load: Callable[[], GroundedS
     return min(args.count or len(videos), len(videos)), real
 
 
-def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) -> list[dict]:
-    """Steps 1 to 4. Real clips and their first frames are written below the run's folder."""
+def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow, about: dict) -> list[dict]:
+    """Steps 1 to 4. about: which videos they are of. Real clips and their first frames are written below the run's folder."""
     count, video = videos_of(args, clip, lambda: GroundedSAM(model, run.ranks.device))
 
     def work(todo: list[dict]) -> Iterator[dict]:
@@ -106,11 +106,9 @@ def classify(args: argparse.Namespace, run: Run, clip: Clip, model: Path, flow) 
                    "first": str(first.relative_to(run.out))}
 
     segmented_by = checkpoint.fingerprint(*(find(model, part) for part in ("grounding_dino", "sam"))) if args.data else None
-    settings = {"data": args.data and str(args.data), "clip": str(clip), "count": args.count, "seed": args.seed, "flow": flow.name,
+    settings = {**about, "count": args.count, "flow": flow.name,
                 "flow's weights": checkpoint.fingerprint(args.raft) if args.raft else None, "Grounded SAM's weights": segmented_by,
                 "camera": args.camera, "small": args.small, "medium": args.medium}
-    if args.trained_share:
-        settings["trained"] = [args.trained_share, args.trained_seed]
     run.stage("classes", [{"id": f"{i:06d}", "label": ""} for i in range(count)], settings, work,
               lambda item: [Path(item["real"])] if "real" in item else [], {})
     kept = run.samples("classes")
@@ -164,7 +162,7 @@ def motion(args: argparse.Namespace) -> None:
              "trained": [args.trained_share, args.trained_seed], "seed": args.seed}  # whose first frames and captions they are
     made_by(args.out, {"image": not args.no_image, **about}, flags)
     run, flow = Run(args.out, ranks), Flow(args.raft, ranks.device)
-    chosen = classify(args, run, clip, model, flow)
+    chosen = classify(args, run, clip, model, flow, about)
     if not chosen:
         raise BadInput(f"No video is left in any class: {args.out / 'classes.jsonl'} says why.")
     listing = args.out / "list.jsonl"

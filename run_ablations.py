@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from resume import last_checkpoint
 from scorers import TITLES
 from training import set_defaults, settings_of
 
+TRAINERS = {"switch": train_switch, "sugar": train_sugar}
 
 # --- runs -------------------------------------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ def weights_of(model: Path) -> str | None:
 
 def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace, dict]:
     """The trainer's arguments, and what its weights depend on but the seed."""
-    trainer, device = {"switch": train_switch, "sugar": train_sugar}[method], ["--device", args.device] if args.device else []
+    trainer, device = TRAINERS[method], ["--device", args.device] if args.device else []
     options = trainer.parse(["--model", str(args.model), "--seed", str(seed), "--validate-count", "0", *device, *flags.split()])
     set_defaults(options, trainer.DEFAULTS, toy=True)
     if method == "sugar" and options.strategy == "mix":
@@ -110,18 +111,20 @@ def trained(method: str, flags: str, seed: int, args, wait: bool = True) -> Path
     first = args.out / f"first-{digest(of_first)}-{seed}"
     if done.exists():
         return out
-    with locked(out, wait):
+    with ExitStack() as held:
+        held.enter_context(locked(out, wait))
         if done.exists():
             return out
+        if two and not first.exists():
+            held.enter_context(locked(first, wait))  # or another process, at another second stage, would train the same first one
         print(f"training {out.name}: {flags or 'the defaults'}, seed {seed}")
         if two and first.exists() and not any((out / "real" / part).exists() for part in ("checkpoints", "transformer")):
             copy_whole(first, out / "real" / "transformer")
-        {"switch": train_switch, "sugar": train_sugar}[method].run(options)
+        TRAINERS[method].run(options)
         if not ((out / "pytorch_lora_weights.safetensors").exists() or (out / "model_index.json").exists()):
             raise BadInput(f"The training {out} was stopped; the same command goes on from there.")
-        with locked(first):
-            if two and not first.exists():
-                copy_whole(out / "real" / "transformer", first)
+        if two and not first.exists():
+            copy_whole(out / "real" / "transformer", first)
         ends = [last_checkpoint(folder)[1] for folder in out.rglob("checkpoints")]
         took = {name: sum(end[name] for end in ends) for name in ("step", "seconds")}
         checkpoint.write_json(done, {"flags": flags, **took})
@@ -132,6 +135,7 @@ def with_scales(method: str, flags: str, model: Path) -> list[str]:
     """Flags of sample.py, with the checkpoint's scales of guidance where they name none, in one order: what is sampled alike is shared."""
     names, scales = {"switch": ("guidance",), "sugar": ("omega_image", "omega_text")}[method], read_scales(read_schedule(model))
     words = flags.split()
+    # Each flag that changes how a row is sampled has a value: they go in pairs.
     given = {f"--{name.replace('_', '-')}": f"{scales[name]:g}" for name in names if name in scales} | dict(zip(words[::2], words[1::2]))
     return [word for pair in sorted(given.items()) for word in pair]
 
@@ -159,8 +163,8 @@ def read_measured(path: Path) -> dict[str, Point]:
         try:
             point = Point(**json.loads(line))
             took = {"step": 0, "seconds": 0} if point.trained is None else point.trained
-            numbers = [point.seconds, *point.scores.values(), *(took[name] for name in ("step", "seconds"))]
-            if not all(value is None or isinstance(value, (int, float)) for value in numbers):
+            numbers = [point.seconds, *(took[name] for name in ("step", "seconds")), *(x for x in point.scores.values() if x is not None)]
+            if not all(isinstance(value, (int, float)) for value in numbers):
                 raise ValueError("not a number")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(f"{path}, line {number}: this is no point of an ablation ({error}); remove the line.") from error
@@ -278,8 +282,8 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
                 f"{args.sampling_steps})")
     if given != usual | {"steps": given["steps"]}:
         return f"trained with {args.train}"
-    known = lambda point: point.get("own_look", point["identity"])  # changed looks hide it
-    _, low, _ = over_seeds([max(map(known, line)) for line in results[ablation.control]], 1 / args.count)
+    recognised = lambda point: point.get("own_look", point["identity"])  # changed looks hide it
+    _, low, _ = over_seeds([max(map(recognised, line)) for line in results[ablation.control]], 1 / args.count)
     return "" if low > KNOWN else f"the control, {ablation.control!r}, does not know its subjects"
 
 
@@ -293,8 +297,8 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
     pairs = [(finding.more, finding.less), *([finding.than] if finding.than else [])]
     share = min(overlap(finding.at, *map(results.get, pair)) for pair in pairs) if finding.at else 1.0
     names = filter(None, (finding.score, finding.at))
-    measured = all(np.isfinite(values_of(line, name)).all() for name in names for pair in pairs for row in pair for line in results[row])
-    if not measured:
+    complete = all(np.isfinite(values_of(line, name)).all() for name in names for pair in pairs for row in pair for line in results[row])
+    if not complete:
         said = "not measured"
     elif share < COMMON or not np.isfinite(mean):
         said = f"no verdict (hardly a common level of {TITLES[finding.at]})"
@@ -303,7 +307,7 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
     else:
         above, below = low > -finding.margin, high < -finding.margin
         said = "holds" if above else "does not hold: the opposite was measured" if below else "undecided"
-    where = f", at the same {TITLES[finding.at]} ({max(share, 0):.0%} of the shorter line)" if finding.at and measured else ""
+    where = f", at the same {TITLES[finding.at]} ({max(share, 0):.0%} of the shorter line)" if finding.at and complete else ""
     within = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
     margin = f", margin {finding.margin}" if finding.margin else ""
     rows = f"{finding.more} minus {finding.less}" + (f", that minus ({finding.than[0]} minus {finding.than[1]})" if finding.than else "")
@@ -322,12 +326,14 @@ def run(args) -> None:
         raise BadInput(f"{args.name} trains nothing, so --train has no effect: leave it out.")
     if len(to_train) < len(ablation.variants) and not (args.model / ablation.method).is_dir():
         raise BadInput(f"{args.model} has no folder {ablation.method}, and {args.name} samples from the toy's own model there.")
-    own = {"seed": 0, "model": str(args.model), "device": args.device}
+    ours = {"seed": "1", "model": "MODEL", "device": "DEVICE", "out": "OUT"}
     for variant in to_train:  # before the first training
-        options, _ = parsed(ablation.method, flags_of(ablation.method, variant, args), 0, args)
-        for flag, value in own.items():
-            if getattr(options, flag) != value:
-                raise BadInput(f"--train {args.train!r}: --{flag} is the ablation's own to give.")
+        flags = flags_of(ablation.method, variant, args)
+        probe = TRAINERS[ablation.method].parse([word for name, value in ours.items() for word in (f"--{name}", value)] + flags.split())
+        for name, value in {**ours, "restart": False, "plan": False}.items():
+            if str(getattr(probe, name)) != str(value):
+                raise BadInput(f"--train {args.train!r}: --{name} is the ablation's own to give.")
+        options, _ = parsed(ablation.method, flags, 0, args)
         if ablation.method == "sugar":
             train_sugar.stages_of(options)  # a row may have one stage where another has two
     known = read_measured(args.measured) if args.measured else {}

@@ -1,7 +1,7 @@
 """SUGAR section 3.1: builds (video, text, subject image) triplets in which the subject looks as the text says, not as in the
 image.
 
-    python synthesize.py                                          64 triplets of the toy's world
+    python synthesize.py                                          from 64 subjects of the toy's world
     torchrun --nproc-per-node 8 synthesize.py --source subjects.csv --model .. --adapter .. --i2v .. --out triplets
 
     source         a picture of a subject and its label

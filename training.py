@@ -90,7 +90,8 @@ def set_defaults(args: argparse.Namespace, by_base: dict[str, tuple], toy: bool)
 
 
 def usual_dtype(device: torch.device) -> str:
-    """Of the computation: bfloat16, but for CPUs without instructions for it, where it takes ten times as long as float32."""
+    """Of the computation: bfloat16, but for CPUs for which oneDNN has none, as those without AVX-512: they take ten times as long as in
+    float32."""
     slow = device.type == "cpu" and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return "fp32" if slow else "bf16"
 

@@ -1,6 +1,7 @@
 """The papers' ablations: every flag is known, every finding speaks of rows that there are, and verdicts follow from numbers."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ import train_sugar
 import train_switch
 import untrained
 from ablations import ABLATIONS, SCORES, Finding
+from cli import ROOT
 from run_ablations import Busy, Point, difference, flags_of, locked, no_verdict, over_seeds, parsed, read_measured, trained, verdict
 
 POINT = Point("run/videos", "", "", 0, {"look": 1.0, "clip_t": None}, 2.0, {"flags": "", "step": 1, "seconds": 1.0})._asdict()
@@ -199,8 +201,16 @@ def test_processes_side_by_side_do_each_what_no_other_is_at(tmp_path, monkeypatc
         pass
 
 
+@pytest.mark.parametrize("flags", ["--seed 0", "--seed=2", "--see 1 --out here", "--model elsewhere", "--device cpu", "--restart", "--plan"])
+def test_what_the_ablation_gives_itself_is_not_given_to_all_trainings(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_switch, "run", lambda args: pytest.fail("it trained"))
+    assert evaluate.main(["ablate", "switch-cls", "--out", str(tmp_path / "out"), f"--train={flags}"]) == 2
+    assert "is the ablation's own to give" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"point": "a"}', POINT | {"scores": {"look": "high"}}, POINT | {"scores": None}, POINT | {"more": 1},
-                                  POINT | {"trained": {"step": "many"}}, POINT | {"trained": []}])
+                                  POINT | {"trained": {"step": "many"}}, POINT | {"trained": []}, POINT | {"seconds": None},
+                                  POINT | {"trained": {"step": 1, "seconds": None}}])
 def test_a_line_that_was_not_measured_is_named(line, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_switch, "run", lambda args: pytest.fail("it trained"))
     file = tmp_path / "measured.jsonl"
@@ -214,6 +224,16 @@ def test_a_line_that_was_not_measured_is_named(line, tmp_path, monkeypatch, caps
     (tmp_path / "out/measured.jsonl").write_text("half a li")  # to which is added
     assert evaluate.main(["ablate", "switch-cls", "--out", str(tmp_path / "out")]) == 2
     assert "out/measured.jsonl, line 1: this is no point" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sugar-guidance", "sugar-drop"])
+def test_readme_says_what_was_measured_of_the_shipped_model(name, tmp_path, monkeypatch):
+    """examples/measured.jsonl is of the weights that are shipped, and README's findings follow from it."""
+    monkeypatch.setattr(sample, "run", lambda args: pytest.fail("it sampled"))
+    file = ROOT / "examples/measured.jsonl"
+    assert evaluate.main(["ablate", name, "--model", str(ROOT / "checkpoints/toy"), "--out", str(tmp_path), "--measured", str(file)]) == 0
+    _, findings = re.findall(r"(?:^\|.*\n)+", (tmp_path / f"{name}.md").read_text(), flags=re.MULTILINE)
+    assert findings in (ROOT / "README.md").read_text() and "no verdict" not in findings
 
 
 def test_an_unknown_ablation_lists_them(capsys):

@@ -495,7 +495,8 @@ def test_a_score_that_is_no_number_is_listed(base):
 
 @pytest.mark.parametrize("flags,phrase", [
     ("--set sugar --looks", "--looks has no effect with --set sugar"), ("--cut-out --no-image", "--cut-out has no effect with --no-image"),
-    ("--dreambench .", "--dreambench has no effect with --set toy"), ("-- --out=elsewhere", "--prompts and --out are not for sample.py here")])
+    ("--dreambench .", "--dreambench has no effect with --set toy"), ("-- --out=elsewhere", "--out and --seed are not for sample.py here"),
+    ("-- --seed=3", "--out and --seed are not for sample.py here")])
 def test_flags_that_would_change_nothing_are_refused(flags, phrase, base, tmp_path, capsys):
     flags, _, given = flags.partition("-- ")
     command = ["generate", "--out", str(tmp_path / "out"), *flags.split(), "--", "--model", str(base), "--device", "cpu", *given.split()]
