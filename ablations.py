@@ -222,5 +222,6 @@ ABLATIONS = {
         "trained with dropping", note="That the model trained without dropping is what the others of Figure 9 are compared with is our "
         "reading. It has never seen its null embeddings, which guidance subtracts."),
 }
+SEEDS, VIDEOS, SAMPLING_STEPS = 3, 64, 25  # full length: with less there is no verdict
 QUICK = ("--steps 4 --micro-batch 4", {"switch": "--image-batch 4 --video-batch 2 --images 8 --videos 4",
                                        "sugar": "--batch 4 --real 4 --triplets 4"})

@@ -37,7 +37,7 @@ import motion
 import prompts
 import sample
 import world
-from ablations import ABLATIONS
+from ablations import ABLATIONS, SAMPLING_STEPS, SEEDS, VIDEOS
 from checkpoint import BadInput, at_least, check_seed, exit_status
 from data import ToyTest
 from distributed import Ranks
@@ -398,10 +398,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a.add_argument("name", metavar="NAME", help="switch-strategy, sugar-design, ...; an unknown one lists them all")
     a.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: %(default)s")
     a.add_argument("--model", type=Path, default=Path("checkpoints/toy"), help="the toy (default: %(default)s)")
-    a.add_argument("--seeds", type=int, default=3, help="trainings of each variant (default: %(default)s)")
-    a.add_argument("--count", type=int, default=64, help="videos of each training (default: %(default)s)")
+    a.add_argument("--seeds", type=int, default=SEEDS, help="trainings of each variant (default: %(default)s)")
+    a.add_argument("--count", type=int, default=VIDEOS, help="videos of each training (default: %(default)s)")
     a.add_argument("--train", default="", help="more flags for all trainings, such as '--steps 1000'; a single one as --train=--compile")
-    a.add_argument("--sampling-steps", type=int, default=25, help="default: %(default)s")
+    a.add_argument("--sampling-steps", type=int, default=SAMPLING_STEPS, help="default: %(default)s")
     a.add_argument("--quick", action="store_true", help="everything once, in minutes; there is no verdict")
     a.add_argument("--measured", type=Path, metavar="FILE.jsonl", help="what has been measured elsewhere, the measured.jsonl of another "
                    "--out: only what it lacks is trained")

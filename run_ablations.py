@@ -25,7 +25,7 @@ import evaluate
 import figures
 import train_sugar
 import train_switch
-from ablations import ABLATIONS, QUICK, SCORES, Ablation, Finding, Variant
+from ablations import ABLATIONS, QUICK, SAMPLING_STEPS, SCORES, SEEDS, VIDEOS, Ablation, Finding, Variant
 from checkpoint import BadInput
 from data import OneFrame
 from figures import Interval
@@ -222,7 +222,6 @@ def measured(ablation: Ablation, variant: Variant, sweep: str, seed: int, known:
 # --- statistics over seeds --------------------------------------------------------------------------------------------
 
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 97.5%, by seeds
-FEWEST = 3  # seeds for a verdict
 COMMON = 0.5  # how much of the shorter line must have levels in common with the other; where less has, noise in the levels decides
 KNOWN = 2 / 16  # the identity that the control must be above: twice chance
 Line = list[dict[str, float]]  # the scores of one row and seed, for each way to sample
@@ -274,12 +273,12 @@ def no_verdict(ablation: Ablation, results: dict[str, list[Line]], args) -> str:
     """Why nothing can be concluded; empty where something can."""
     if args.quick:
         return "--quick"
-    if args.seeds < FEWEST:
-        return f"fewer than {FEWEST} seeds"
+    if args.seeds < SEEDS:
+        return f"fewer than {SEEDS} seeds"
     (_, given), (_, usual) = (parsed(ablation.method, flags, 0, args) for flags in (args.train, ""))
-    if given["steps"] < usual["steps"] or args.count < 64 or args.sampling_steps < 25:
-        return (f"fewer than {usual['steps']} steps, 64 videos or 25 steps of sampling ({given['steps']}, {args.count}, "
-                f"{args.sampling_steps})")
+    if given["steps"] < usual["steps"] or args.count < VIDEOS or args.sampling_steps < SAMPLING_STEPS:
+        return (f"fewer than {usual['steps']} steps, {VIDEOS} videos or {SAMPLING_STEPS} steps of sampling ({given['steps']}, "
+                f"{args.count}, {args.sampling_steps})")
     if given != usual | {"steps": given["steps"]}:
         return f"trained with {args.train}"
     recognised = lambda point: point.get("own_look", point["identity"])  # changed looks hide it
