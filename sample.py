@@ -230,6 +230,7 @@ def check_image_use(request: Request, sampler: Sampler) -> None:
 def open_sampler(args: argparse.Namespace, device: str, requests: list[Request]) -> tuple[Sampler, Settings]:
     """The checkpoint, of which nothing large is read yet, and how it samples. Raises what it cannot do of what is asked for."""
     sampler = Sampler(args.model, args.adapter, device, args.dtype)
+    sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
     settings = read_settings(args, sampler)
     check_effects(args, sampler, settings, requests)
     for request in requests:
@@ -255,7 +256,6 @@ def prepare(args: argparse.Namespace) -> tuple[Sampler | None, Settings | None, 
     if args.compile:
         distributed.check_compiler(device)
     sampler, settings = open_sampler(args, device, everything)  # judged by the whole list, so that all ranks agree
-    sampler.low_memory, sampler.compiled, args.tile = args.low_memory, args.compile, args.tile or args.low_memory
     together, branches = world > 1 and args.prompts is None, sampler.branch_count(settings, with_image=requests[0].image is not None)
     if together:  # before heavy work
         groups, within = distributed.video_groups(world, branches, sampler.config.num_attention_heads)
