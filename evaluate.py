@@ -188,18 +188,21 @@ def read_videos(folder: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
             lacking = [name for name in ("name", "prompt", "subject", "image") if not isinstance(rows[-1].get(name), str)]
-            match rows[-1].get("toy", [0, ["plain"], 0]):  # ToyTest(seed, looks)[number]
-                case [int(seed), [_, *_] as looks, int(i)] if min(seed, i) >= 0 and all(look in list(world.LOOKS) for look in looks):
-                    pass
-                case _:
-                    raise BadInput(f'Line {number} of {file} has a "toy" that evaluate.py generate did not write: run it again.')
         except (ValueError, AttributeError) as error:
             raise BadInput(f"Line {number} of {file} is no JSON object: run evaluate.py generate again.") from error
+        if "toy" in rows[-1] and not is_toy(rows[-1]["toy"]):
+            raise BadInput(f'Line {number} of {file} has a "toy" that evaluate.py generate did not write: run it again.')
         if lacking:
             raise BadInput(f'Line {number} of {file} has no text as its "{lacking[0]}": run evaluate.py generate again.')
     if not rows:
         raise BadInput(f"{file} is empty: run evaluate.py generate again.")
     return rows
+
+
+def is_toy(toy) -> bool:
+    """Whether it is a seed, looks and a number, as toy_rows() writes them for ToyTest."""
+    return (isinstance(toy, list) and [*map(type, toy)] == [int, list, int] and min(toy[0], toy[2]) >= 0
+            and toy[1] != [] and all(look in list(world.LOOKS) for look in toy[1]))
 
 
 def read_scores(folder: Path) -> dict[str, dict]:

@@ -73,7 +73,8 @@ Interval = tuple[float, float, float]  # mean, and the bounds of its confidence 
 
 
 def axis(low: float, high: float, ticks: int = 5) -> np.ndarray:
-    """Round numbers, each a step of 1, 2, 2.5 or 5 times a power of ten above the one before, that hold low..high in `ticks` + 1 steps at most."""
+    """Round numbers, each a step of 1, 2, 2.5 or 5 times a power of ten above the one before, that hold low..high in `ticks` + 1 steps at
+    most."""
     if high - low < 1e-6:  # a single value: it stands in the middle
         low, high = low - 0.05, high + 0.05
     wide = (high - low) / ticks
@@ -86,7 +87,8 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
             height: int = 420) -> Image.Image:
     """A line of points for each name, with intervals in both directions, as the papers' trade-off figures."""
     whole = lambda interval: [value if np.isfinite(value) else interval[0] for value in interval]  # of one seed there is none
-    lines = {name: [[*map(whole, point)] for point in line if np.isfinite([each[0] for each in point]).all()] for name, line in points.items()}
+    lines = {name: [[*map(whole, point)] for point in line if np.isfinite([each[0] for each in point]).all()]
+             for name, line in points.items()}
     bounds = np.array([point for line in lines.values() for point in line] or [[[0.0]] * 2])  # [points, x and y, mean and bounds]
     ticks = [axis(bounds[:, i].min(), bounds[:, i].max()) for i in (0, 1)]
     rows, wide = [[]], 0.0  # of the legend
@@ -115,8 +117,8 @@ def scatter(points: dict[str, list[tuple[Interval, Interval]]], x: str, y: str, 
     draw.text(((left + right) / 2, bottom + 30), x, fill=INK, font=font(), anchor="mt")
     draw.text((6, top - 14), y, fill=INK, font=font(), anchor="lm")
     for number, line in enumerate(lines.values()):  # below what is to be seen first
+        pale = tuple((part + 2 * 255) // 3 for part in colour(number))
         for one, two in line:
-            pale = tuple((part + 2 * 255) // 3 for part in colour(number))
             draw.line((across(one[1]), up(two[0]), across(one[2]), up(two[0])), fill=pale)
             draw.line((across(one[0]), up(two[1]), across(one[0]), up(two[2])), fill=pale)
     for number, line in enumerate(lines.values()):

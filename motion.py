@@ -133,6 +133,7 @@ def motion(args: argparse.Namespace) -> None:
     from i3d import frechet_distance, fvd_features, load_i3d
     from scorers import Similarity
 
+    checkpoint.check_out(args.out)
     ranks, model = distributed.start(args.device), checkpoint.resolve(args.own or "checkpoints/toy")
     check_seed(args.seed)
     check_seed(args.trained_seed, "--trained-seed")

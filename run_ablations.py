@@ -84,7 +84,8 @@ def parsed(method: str, flags: str, seed: int, args) -> tuple[argparse.Namespace
     set_defaults(options, trainer.DEFAULTS, toy=True)
     if method == "sugar" and options.strategy == "mix":
         options.steps *= 2
-    settings = {name: value for name, value in settings_of(options).items() if name not in ("seed", "dtype")}  # rounding teaches nothing else
+    rest = ("seed", "dtype")  # whose rounding teaches nothing else
+    settings = {name: value for name, value in settings_of(options).items() if name not in rest}
     settings |= {"of": weights_of(args.model), "recipe": RECIPE}
     if getattr(options, "synthetic", None) == "image":
         settings["frames of a video"] = OneFrame.EACH

@@ -482,7 +482,7 @@ def test_bad_input(base, tmp_path, capsys):
         assert evaluate.main(["score", str(folder), "--own", str(base)]) == 2
         assert f"settings.json names the set {name!r}; there are sugar, switch, toy" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    for command in ("generate", "motion --no-image", "ablate switch-p"):
+    for command in ("generate", "motion", "ablate switch-p"):
         assert evaluate.main([*command.split(), "--out", str(tmp_path / "file")]) == 2 and "file is a file: give a folder" in capsys.readouterr().err
 
 
