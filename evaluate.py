@@ -399,6 +399,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     t.add_argument("--fps", type=float, default=8, help="of the playing sheet (default: %(default)s)")
     a = commands.add_parser("ablate", help="a paper's ablation on the toy: see ablations.py")
     a.add_argument("name", metavar="NAME", help="switch-strategy, sugar-design, ...; an unknown one lists them all")
+    a.add_argument("--rows", nargs="+", metavar="ROW", help="of its table these alone, and the findings that speak of no other")
     a.add_argument("--out", type=Path, default=Path("runs/ablations"), help="default: %(default)s")
     a.add_argument("--model", type=Path, default=Path("checkpoints/toy"), help="the toy (default: %(default)s)")
     a.add_argument("--seeds", type=int, default=SEEDS, help="trainings of each variant (default: %(default)s)")

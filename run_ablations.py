@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -315,12 +316,30 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
     return f"| {finding.claim} | {found} | {said} |"
 
 
+def only(ablation: Ablation, rows: list[str]) -> Ablation:
+    """Some of its rows, and what is found of these. Raises BadInput where one is unknown, the control is missing, or nothing is found of them."""
+    unknown = [row for row in rows if row not in ablation.variants]
+    if unknown:
+        raise BadInput(f"--rows: there is no {unknown[0]!r}; there are {', '.join(map(repr, ablation.variants))}.")
+    if ablation.control not in rows:
+        raise BadInput(f"--rows: {ablation.control!r} must be among them, as nothing is judged unless it knows its subjects.")
+    findings = tuple(each for each in ablation.findings if {each.more, each.less, *(each.than or ())} <= set(rows))
+    if not findings:
+        raise BadInput(f"--rows: no finding speaks of these alone; there are {', '.join(map(repr, ablation.variants))}.")
+    variants = {label: variant for label, variant in ablation.variants.items() if label in rows}
+    left_out = [label for label in ablation.variants if label not in rows]
+    note = f"{ablation.note} Left out: {', '.join(left_out)}.".strip() if left_out else ablation.note
+    return replace(ablation, variants=variants, findings=findings, note=note)
+
+
 def run(args) -> None:
     """Trains, samples, scores; writes NAME.md and NAME.png."""
     checkpoint.check_out(args.out)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("An ablation is one process: start the same command several times, side by side; they share the work.")
     ablation, seeds = ABLATIONS[args.name], range(1 if args.quick else args.seeds)
+    if args.rows:
+        ablation = only(ablation, args.rows)
     to_train = [variant for variant in ablation.variants.values() if variant.train is not None]
     if args.train and not to_train:
         raise BadInput(f"{args.name} trains nothing, so --train has no effect: leave it out.")

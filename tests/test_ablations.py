@@ -236,6 +236,32 @@ def test_readme_says_what_was_measured_of_the_shipped_model(name, tmp_path, monk
     assert findings in (ROOT / "README.md").read_text() and "no verdict" not in findings
 
 
+def test_some_rows_of_a_table(tmp_path, monkeypatch):
+    """They are judged as in the whole table: alone what speaks of no other row, with the same numbers."""
+    ablation, generator = ABLATIONS["switch-p"], np.random.default_rng(0)
+    drawn = {(seed, variant.train): dict(zip(SCORES, generator.uniform(0.4, 0.6, len(SCORES)))) for seed in range(3) for variant in ablation.variants.values()}
+    monkeypatch.setattr(run_ablations, "measured", lambda ablation, variant, sweep, seed, *_: Point(
+        f"switch-{seed}-{variant.train}/videos", variant.train, "", seed, drawn[seed, variant.train], 1.0, {"step": 1, "seconds": 1.0}))
+    untrained.init(tmp_path / "toy")
+    written = []
+    for rows in ([], ["--rows", "p = 0.2", "p = 0"], ["--rows", *ablation.variants]):
+        assert evaluate.main(["ablate", "switch-p", *rows, "--model", str(tmp_path / "toy"), "--out", str(tmp_path), "--device", "cpu"]) == 0
+        written.append((tmp_path / "switch-p.md").read_text())
+    whole, part, every = written
+    assert whole == every and "Left out" not in whole and "Left out: p = 0.4, p = 0.6." in part and "6 trainings" in part
+    lines = [line for line in whole.splitlines() if "p = 0.4" not in line and "p = 0.6" not in line and not line.startswith("3 seeds")]
+    assert lines == [line for line in part.splitlines() if not line.startswith("3 seeds")] and any(": p = 0.2 minus p = 0 " in line for line in lines)
+
+
+@pytest.mark.parametrize("rows,said", [
+    (["p = 0.2", "p = 1"], "no 'p = 1'; there are 'p = 0', 'p = 0.2', 'p = 0.4', 'p = 0.6'"),
+    (["p = 0", "p = 0.4"], "'p = 0.2' must be among them"), (["p = 0.2", "p = 0.4"], "no finding speaks of these alone")])
+def test_rows_of_which_nothing_is_found(rows, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_switch, "run", lambda args: pytest.fail("it trained"))
+    assert evaluate.main(["ablate", "switch-p", "--out", str(tmp_path / "out"), "--rows", *rows]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_an_unknown_ablation_lists_them(capsys):
     assert evaluate.main(["ablate", "nothing"]) == 2
     assert "there are switch-strategy, " in capsys.readouterr().err
