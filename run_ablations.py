@@ -317,7 +317,8 @@ def verdict(finding: Finding, results: dict[str, list[Line]], count: int, reason
 
 
 def only(ablation: Ablation, rows: list[str]) -> Ablation:
-    """Some of its rows, and what is found of these. Raises BadInput where one is unknown, the control is missing, or nothing is found of them."""
+    """Some of its rows, and what is found of these. Raises BadInput where one is unknown, the control is missing, or nothing is found of
+    them."""
     unknown = [row for row in rows if row not in ablation.variants]
     if unknown:
         raise BadInput(f"--rows: there is no {unknown[0]!r}; there are {', '.join(map(repr, ablation.variants))}.")
