@@ -66,16 +66,16 @@ class Builder:
             plan: Callable[[int], tuple[str, int]], loss_of: Callable[[str, list[int]], Tensor], dtype=torch.float32) -> dict:
         """Trains all of `model`; returns its whole weights."""
         distributed.shard(model, blocks, self.ranks, dtype)
-        steps = max(round(steps * self.scale), 2)
+        steps = self.count(steps, least=2)
         options = Options(out=self.work / stage, steps=steps, lr=lr, seed=self.seed, warmup=min(200, steps // 2),
                           micro_batch=64, ema=0.999 if steps > 4000 else 0.0, save_every=200, keep=1, validate_count=0)
         if not train(model, options, self.ranks, plan, loss_of, lambda step: None, {"stage": stage, "steps": steps}):  # by a signal
             distributed.leave(0)
         return distributed.full_state_dict(model)
 
-    def count(self, whole: int) -> int:
+    def count(self, whole: int, least: int = 8) -> int:
         """Examples, or steps, at this scale."""
-        return max(round(whole * self.scale), 8)
+        return max(round(whole * self.scale), least)
 
     def cached(self, stream: str, whole: int, encoder: Encoder) -> Cache:
         """A stream of the world, encoded once, every rank its share."""
@@ -244,7 +244,7 @@ class Builder:
         out = self.work / "switch"
         encoder = Encoder(self.folder, "token", TOKENS, self.ranks.device)
         train_switch.run(train_switch.parse(
-            ["--model", str(self.folder), "--out", str(out), "--device", str(self.ranks.device), "--steps", str(self.count(12000)),
+            ["--model", str(self.folder), "--out", str(out), "--device", str(self.ranks.device), "--steps", str(self.count(12000, least=2)),
              "--image-data", str(self.cached("pairs", 8000, encoder).folder),
              "--video-data", str(self.cached("videos", 4000, encoder).folder), "--validate-every", "1000"]))
         self.ranks.wait()
@@ -265,7 +265,7 @@ class Builder:
         train_sugar.run(train_sugar.parse(
             ["--model", str(before), "--out", str(out),
              "--device", str(self.ranks.device), *flags.split(),
-             *(word for flag, count in zip(("--steps", "--second-steps"), steps) for word in (flag, str(self.count(count)))),
+             *(word for flag, count in zip(("--steps", "--second-steps"), steps) for word in (flag, str(self.count(count, least=2)))),
              "--real-data", str(self.cached("subjects", 14000, encoder).folder),
              "--data", str(self.cached("triplets", 44000, encoder).folder), "--validate-every", "1000", "--validate-count", "4"]))
         self.ranks.wait()

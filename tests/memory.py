@@ -5,7 +5,11 @@ from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+
+def tensors(x: object) -> list[torch.Tensor]:
+    """Those among an operation's arguments or results."""  # tree_leaves, which looks for containers of any kind, is slow
+    return [x] if isinstance(x, torch.Tensor) else [y for each in x for y in tensors(each)] if isinstance(x, (list, tuple)) else []
 
 
 class Live(TorchDispatchMode):
@@ -17,10 +21,10 @@ class Live(TorchDispatchMode):
         self.held: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {id(x.untyped_storage()) for x in tensors([*args, *(kwargs or {}).values()])}
         out = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in given | self.held.keys():
+        for tensor in tensors(out):
+            if id(storage := tensor.untyped_storage()) not in given and id(storage) not in self.held:
                 self.now += storage.nbytes()
                 self.held[id(storage)] = weakref.ref(storage, lambda _, key=id(storage), size=storage.nbytes(): self.free(key, size))
         self.peak = max(self.peak, self.now)
