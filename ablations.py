@@ -206,6 +206,8 @@ ABLATIONS = {
         Finding("or of what the text asks for (CLIP-T)", "clip_t", "dino dropped", "nothing dropped", margin=0.01),
         Finding("and (exact look)", "look", "dino dropped", "nothing dropped", margin=0.05),
         *moves("dropping both moves more", "both dropped", "nothing dropped"),
+        Finding("and follows the text better (CLIP-T)", "clip_t", "both dropped", "nothing dropped"),
+        Finding("and (exact look)", "look", "both dropped", "nothing dropped"),
         Finding("dropping both loses identity (DINO-I)", "dino_i", "nothing dropped", "both dropped"),
         Finding("and (exact identity)", "identity", "nothing dropped", "both dropped")), "nothing dropped",
         (("dino_i", "dynamic"), ("clip_t", "dynamic"), ("identity", "movement"), ("look", "movement")), looks=True,

@@ -40,6 +40,7 @@ import world
 from ablations import ABLATIONS, SAMPLING_STEPS, SEEDS, VIDEOS
 from checkpoint import BadInput, at_least, check_seed, exit_status
 from data import ToyTest
+from diffusion import T
 from distributed import Ranks
 from lora import find_adapter
 from pipeline import read_scales, read_schedule
@@ -175,7 +176,7 @@ def made_by(out: Path, settings: dict, flags: list[str]) -> None:
 # --- score ------------------------------------------------------------------------------------------------------------
 
 # What was scored by other code is scored again.
-SCORED_BY = ("world", "measure", "scorers", "flow", "amt", "viclip", "encoders", "media")
+SCORED_BY = ("world", "data", "measure", "scorers", "flow", "amt", "viclip", "encoders", "media")
 CODE = checkpoint.fingerprint(*(Path(__file__).with_name(f"{name}.py") for name in SCORED_BY))
 
 
@@ -366,6 +367,8 @@ def ablate(args: argparse.Namespace) -> None:
     if args.name not in ABLATIONS:
         raise BadInput(f"There is no ablation {args.name}; there are {', '.join(ABLATIONS)}.")
     at_least(1, args, "seeds", "count", "sampling_steps")
+    if args.sampling_steps > T:
+        raise BadInput(f"--sampling-steps {args.sampling_steps}: choose 1 to {T}.")
     run_ablations.run(args)
 
 

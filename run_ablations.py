@@ -133,6 +133,18 @@ def trained(method: str, flags: str, seed: int, args, wait: bool = True) -> Path
     return out
 
 
+@contextmanager
+def elapsed(folder: Path) -> Iterator[None]:
+    """Adds to elapsed.json the seconds in which its videos are made and scored, also of an attempt that is stopped, until all are."""
+    file, started = folder / "elapsed.json", time.perf_counter()
+    before, scored = checkpoint.read_json(file)["seconds"] if file.exists() else 0.0, (folder / "scores.json").exists()
+    try:
+        yield
+    finally:
+        if folder.exists() and not (file.exists() and scored):
+            checkpoint.write_json(file, {"seconds": before + time.perf_counter() - started})
+
+
 def with_scales(method: str, flags: str, model: Path) -> list[str]:
     """Flags of sample.py, with the checkpoint's scales of guidance where they name none, in one order: what is sampled alike is shared."""
     names, scales = {"switch": ("guidance",), "sugar": ("omega_image", "omega_text")}[method], read_scales(read_schedule(model))
@@ -166,11 +178,13 @@ def read_measured(path: Path) -> dict[str, Point]:
             point = Point(**json.loads(line))
             took = {"step": 0, "seconds": 0} if point.trained is None else point.trained
             numbers = [point.seconds, *(took[name] for name in ("step", "seconds")), *(x for x in point.scores.values() if x is not None)]
-            if not all(isinstance(value, (int, float)) for value in numbers):
+            if not all(isinstance(value, (int, float)) for value in [*numbers, point.scores["identity"]]):
                 raise ValueError("not a number")
+            if not isinstance(point.point, str) or point.trained is not None and not took["step"] > 0:
+                raise ValueError("its name, or the steps that were trained")
+            points[point.point] = point
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BadInput(f"{path}, line {number}: this is no point of an ablation ({error}); remove the line.") from error
-        points[point.point] = point
     return points
 
 
@@ -187,7 +201,7 @@ def measured(ablation: Ablation, variant: Variant, sweep: str, seed: int, known:
     flags = None if variant.train is None else flags_of(ablation.method, variant, args)
     if flags is None:
         run = args.model / ablation.method
-        videos = args.out / f"{ablation.method}-own-{digest(weights_of(run))}-{seed}"
+        videos = args.out / f"{ablation.method}-own-{digest(weights_of(run), RECIPE)}-{seed}"
     else:
         run = videos = parsed(ablation.method, flags, seed, args)[0].out
     way = with_scales(ablation.method, f"{variant.sample} {sweep}", args.model)
@@ -200,21 +214,18 @@ def measured(ablation: Ablation, variant: Variant, sweep: str, seed: int, known:
     # The base that was only shown videos has no reference to be given.
     blind = ["--no-image"] if variant.train and "video-only" in variant.train else []
     model = ["--model", str(args.model), "--adapter", str(run)] if ablation.method == "switch" else ["--model", str(run)]
-    device, took = ["--device", args.device] if args.device else [], folder / "took.json"
-    with locked(folder, wait):
-        there, started = len(list(folder.glob("videos/[!.]*.mp4"))), time.perf_counter()
+    device = ["--device", args.device] if args.device else []
+    with locked(folder, wait), elapsed(folder):
         # Each seed has subjects, texts and noise of its own, the same for all rows.
         make = ["generate", "--out", str(folder), "--count", str(args.count), "--seed", str(seed + 1),
                 *(["--looks"] if ablation.looks else []), *blind, "--", *model,
                 "--steps", "2" if args.quick else str(args.sampling_steps), *device, *way]
         evaluate.generate(evaluate.parse(make))
         evaluate.score(evaluate.parse(["score", str(folder), "--own", str(args.model), *device]))
-        if there < args.count:
-            checkpoint.write_json(took, {"seconds": (time.perf_counter() - started) / (args.count - there)})
-        summary = checkpoint.read_json(folder / "scores.json")
+    summary = checkpoint.read_json(folder / "scores.json")
     if summary["unreadable"]:
         raise BadInput(f"Some videos of {folder} cannot be scored ({checkpoint.some(sorted(summary['unreadable']))}): remove the folder.")
-    seconds = checkpoint.read_json(took)["seconds"] if took.exists() else 0.0
+    seconds = checkpoint.read_json(folder / "elapsed.json")["seconds"] / args.count
     scores = {name: of["mean"] for name, of in summary["means"].items()}
     point = Point(name, flags, " ".join(way), seed, scores, seconds, checkpoint.read_json(run / "done.json") if flags is not None else None)
     note(point, args.out / "measured.jsonl")

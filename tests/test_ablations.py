@@ -18,9 +18,9 @@ import train_switch
 import untrained
 from ablations import ABLATIONS, SCORES, Finding
 from cli import ROOT
-from run_ablations import Busy, Point, difference, flags_of, locked, no_verdict, over_seeds, parsed, read_measured, trained, verdict
+from run_ablations import Busy, Point, difference, elapsed, flags_of, locked, no_verdict, over_seeds, parsed, read_measured, trained, verdict
 
-POINT = Point("run/videos", "", "", 0, {"look": 1.0, "clip_t": None}, 2.0, {"flags": "", "step": 1, "seconds": 1.0})._asdict()
+POINT = Point("run/videos", "", "", 0, {"identity": 0.5, "clip_t": None}, 2.0, {"flags": "", "step": 1, "seconds": 1.0})._asdict()
 
 
 @pytest.mark.parametrize("name", list(ABLATIONS))
@@ -208,9 +208,10 @@ def test_what_the_ablation_gives_itself_is_not_given_to_all_trainings(flags, tmp
     assert "is the ablation's own to give" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"point": "a"}', POINT | {"scores": {"look": "high"}}, POINT | {"scores": None}, POINT | {"more": 1},
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"point": "a"}', POINT | {"scores": {"identity": "high"}}, POINT | {"scores": None},
+                                  POINT | {"scores": {"look": 1.0}}, POINT | {"scores": {"identity": None}}, POINT | {"point": ["a"]}, POINT | {"more": 1},
                                   POINT | {"trained": {"step": "many"}}, POINT | {"trained": []}, POINT | {"seconds": None},
-                                  POINT | {"trained": {"step": 1, "seconds": None}}])
+                                  POINT | {"trained": {"step": 0, "seconds": 1}}, POINT | {"trained": {"step": 1, "seconds": None}}])
 def test_a_line_that_was_not_measured_is_named(line, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_switch, "run", lambda args: pytest.fail("it trained"))
     file = tmp_path / "measured.jsonl"
@@ -237,6 +238,18 @@ def test_readme_says_what_was_measured_of_the_shipped_model(name, rows, tmp_path
     _, findings = re.findall(r"(?:^\|.*\n)+", (tmp_path / f"{name}.md").read_text(), flags=re.MULTILINE)
     assert findings in (ROOT / "README.md").read_text()
     assert "no verdict" not in findings.replace("no verdict (hardly a common level", "")  # which is what was measured, not what is missing
+
+
+def test_the_time_of_an_attempt_that_was_stopped_counts(tmp_path, monkeypatch):
+    clock = iter([0.0, 7.0, 10.0, 13.0, 20.0, 20.5])
+    monkeypatch.setattr(run_ablations, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    with pytest.raises(KeyboardInterrupt), elapsed(tmp_path):
+        raise KeyboardInterrupt
+    with elapsed(tmp_path):
+        (tmp_path / "scores.json").write_text("{}")
+    with elapsed(tmp_path):  # where nothing is left to do
+        pass
+    assert json.loads((tmp_path / "elapsed.json").read_text()) == {"seconds": 10.0}
 
 
 def test_some_rows_of_a_table(tmp_path, monkeypatch):

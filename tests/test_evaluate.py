@@ -448,7 +448,7 @@ def test_what_is_not_its_own_is_not_measured_by_another_name(base, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["generate --count 0", "motion --per-class 0", "motion --count 0",
-                                     "ablate switch-p --sampling-steps 0", "ablate switch-p --seeds 0"])
+                                     "ablate switch-p --sampling-steps 0", "ablate switch-p --sampling-steps 1001", "ablate switch-p --seeds 0"])
 def test_numbers_out_of_range(command, tmp_path, capsys):
     assert evaluate.main([*command.split(), "--out", str(tmp_path)]) == 2
     assert f"{command.split()[-2]} {command.split()[-1]}: choose " in capsys.readouterr().err
