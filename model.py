@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import checkpoint
-from attention import apply_rotary, apply_rotary_, attention, may_overwrite, rotary_3d, selective_segments
+from attention import DESIGNS, apply_rotary, apply_rotary_, attention, may_overwrite, rotary_3d, selective_segments
 from checkpoint import BadInput
 from lora import Adapter, LoRALinear, load_adapter, merge, on_tokens, without_lora
 
@@ -317,6 +317,8 @@ class Transformer(nn.Module):
         positions = self.patch_embed.positions(T, H, W, like=video)
         if positions is not None:
             video = video + positions
+        if config.use_learned_positional_embeddings:  # the text's are learned as well
+            text = text + self.patch_embed.pos_embedding[:, : text.shape[1]].to(text)
         reference = video[:, :0] if reference is None else self.patch_embed.patches(reference[:, None])
 
         segments = None
@@ -427,7 +429,10 @@ def read_config(folder: Path) -> Config:
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise BadInput(f"{folder / 'config.json'} has {key} = {raw[key]!r}; this code knows only {value!r}.")
-    return checkpoint.fill(Config, raw, folder / "config.json")
+    config = checkpoint.fill(Config, raw, folder / "config.json")
+    if config.design not in DESIGNS:
+        raise BadInput(f"{folder / 'config.json'} has design {config.design!r}; attention.py's DESIGNS has {', '.join(DESIGNS)}.")
+    return config
 
 
 def load_transformer(folder: Path, device="cpu", dtype=torch.float32, **sugar) -> Transformer:

@@ -107,6 +107,8 @@ def check_effects(args: argparse.Namespace, sampler: Sampler, settings: Settings
             raise BadInput(f"--{name.replace('_', '-')} has no effect without an image: give --image as well.")
     if args.drop is not None and settings.t_bar == T:
         raise BadInput(f"--drop {args.drop} has no effect at --t-bar {T}: choose a smaller --t-bar, from which timestep up it is dropped.")
+    if args.noun is not None and sampler.adapter.cls == "none":
+        raise BadInput(f"--noun {args.noun} has no effect without an adapter that was trained with <cls>; --subject cuts a noun out.")
     for request in requests:
         scale, flag = (settings.omega_text, "--omega-text") if sugar else (settings.guidance, "--guidance")
         if request.negative_prompt and scale == 1 and not (sugar and request.image is not None):
@@ -187,7 +189,7 @@ def read_line(line: str, number: int, listing: Path, common: Request) -> Request
 
 def prepare_images(requests: list[Request], sampler: Sampler, settings: Settings, how: str | None) -> None:
     """Opens every image, cuts its subject out and fits it: fills source, cutout, reference and fit of each request."""
-    masks, segment, warnings = {}, None, []
+    masks, segment, found, warnings = {}, None, {}, []
     for request in requests:
         if request.image is not None:
             request.source = media.open_image(request.image)
@@ -198,7 +200,9 @@ def prepare_images(requests: list[Request], sampler: Sampler, settings: Settings
         mask = masks[id(request)]
         if request.subject is not None:
             segment = segment or GroundedSAM(sampler.folder, sampler.device)
-            mask = segment(request.source, request.subject)
+            if (request.image, request.subject) not in found:  # one photograph may have many prompts
+                found[request.image, request.subject] = segment(request.source, request.subject)
+            mask = found[request.image, request.subject]
             if mask is None:
                 raise BadInput(f"There is no {request.subject} to be found in {request.image}: try another noun, or --mask.")
         if mask is not None and sampler.kind != "i2v":

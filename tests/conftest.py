@@ -49,7 +49,8 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
-    """Every parameter moved by random amounts, so that no bias, scale or gate is at a value that hides a mistake."""
-    for parameter in model.parameters():
+    """All that is learned moved by random amounts, so that no bias, scale or gate is at a value that hides a mistake."""
+    positions = [buffer for name, buffer in model.state_dict().items() if name.endswith("pos_embedding")]  # learned, yet a buffer
+    for parameter in (*model.parameters(), *positions):
         parameter += std * torch.randn_like(parameter)
     return model

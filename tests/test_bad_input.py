@@ -188,6 +188,7 @@ BAD = {
     "dropping at no time": (None, f"{SUGAR} --drop clip", ["--drop clip", "--t-bar"]),
     "guidance for SUGAR": (None, f"{SUGAR} --guidance 3", ["--guidance", "--omega-text"]),
     "omega for a plain model": (None, f"{T2V} --omega-image 3", ["--omega-image", "SUGAR"]),
+    "a noun without <cls>": (None, f"{SUGAR} --noun fox", ["--noun fox"]),
     "t-bar beyond T": (None, f"{SUGAR} --t-bar 1001", ["--t-bar 1001"]),
     "equation unknown": (None, f"{SUGAR} --equation 5", ["--equation"]),
     "device unknown": (None, f"{T2V} --device abacus", ["--device abacus"]),
@@ -222,6 +223,8 @@ BAD = {
     "no config of CLIP": (lambda: Path("toy/clip/config.json").unlink(), SUGAR, ["clip/config.json"]),
     "no preprocessing of DINO": (
         lambda: Path("toy/dino/preprocessor_config.json").unlink(), SUGAR, ["dino/preprocessor_config.json"]),
+    "a design that is not there": (
+        lambda: edit_json("toy/sugar/transformer/config.json", design="f"), SUGAR, ["design 'f'", "a, b, c, d, e"]),
     "config not JSON": (lambda: truncate("toy/transformer/config.json"), T2V, ["transformer/config.json"]),
     "config a list": (lambda: write("toy/vae/config.json", "[]"), T2V, ["vae/config.json"]),
     "config of another model": (

@@ -253,6 +253,13 @@ def test_the_reference_token_stands_before_the_subject_else_at_the_front(here, m
 # --- many prompts -----------------------------------------------------------------------------------------------------
 
 
+def test_a_subject_is_looked_for_once_in_an_image_of_many_prompts(here, monkeypatch):
+    nouns = segmented(monkeypatch, Image.open("mask.png"))
+    listing(*({"prompt": prompt, "image": "fox.png", "subject": noun} for prompt, noun in (("a fox", "fox"), ("a fox runs", "fox"), ("a dog", "dog"))))
+    assert run(f"--prompts list.jsonl --adapter toy/switch {SMALL} --out many") == 0
+    assert nouns == ["fox", "dog"] and len(list(here.glob("many/*-cutout.png"))) == 3
+
+
 def test_a_list_of_prompts_gives_the_videos_that_single_runs_give(here):
     (here / "pictures").mkdir()
     shutil.copy("fox.png", "pictures/fox.png")
