@@ -80,12 +80,16 @@ class Cache:
                 raise BadInput(f"The cache {self.folder} was written with {name} = {self.settings.get(name)}, and this run needs "
                                f"{wanted}: write another one with python data.py cache.")
 
+    def clip(self) -> dict:
+        """frames, height, width and, but for the toy's world, fps of its clips; of pairs the height alone says something."""
+        return self.settings.get("clip") or {"frames": FRAMES, "height": SIZE, "width": SIZE}
+
     def check_clip(self, asked: dict) -> None:
-        """Raises where a clip is asked for, by frames, height, width or fps, that is not what was cached."""
-        cached = self.settings.get("clip") or {"frames": FRAMES, "height": SIZE, "width": SIZE}  # of the toy's world
+        """Raises where a run's clips, by frames, height, width or fps, are not what was cached."""
         for name, value in asked.items():
-            if value is not None and cached.get(name) != value:
-                raise BadInput(f"--{name} {value}: the cache {self.folder} was written with {cached.get(name, 'no frame rate')}.")
+            if value is not None and self.clip().get(name) != value:
+                raise BadInput(f"The clips of this run have --{name} {value:g}, and the cache {self.folder} was written with "
+                               f"{self.clip().get(name, 'no frame rate')}: say --{name}, or take another cache.")
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         file, names = open_shard(shard_file(self.folder, i // SHARD))
@@ -204,6 +208,10 @@ def run(args: argparse.Namespace) -> None:
     if config.patch_t != 1:
         raise BadInput(f"Neither trainer can stand on {args.model}: its patches span two latent frames.")
     sugar = args.stream in ("subjects", "triplets")
+    for flag, given, of in (("--share", args.share != 1, ("videos", "subjects")), ("--no-cls", args.no_cls, ("pairs", "videos")),
+                            ("--reference-frames", args.reference_frames != 4, ("videos",))):
+        if given and args.stream not in of:
+            raise BadInput(f"{flag} has no effect --as {args.stream}, but --as {' or '.join(of)}: leave it out.")
     encoder = Encoder(folder, "none" if sugar or args.no_cls else "token", config.max_text_seq_length, ranks.device, sugar,
                       args.reference_frames)
     clip = readers.clip_of(args, config)
@@ -213,6 +221,8 @@ def run(args: argparse.Namespace) -> None:
              "clip": asdict(clip) if args.data else {}, "share": args.share}
     if args.data is not None and readers.of_the_toy(dataset):
         about["toy"] = True  # made from the toy's world by synthesize.py
+    if (by := readers.cut_out_by(dataset)) is not None:
+        about["subjects are cut out by"] = by
     written = write_cache(args.out, dataset, length, encoder, ranks, args.seed, {**stored_settings(encoder, args.stream), **about})
     if ranks.first:
         seconds = time.perf_counter() - started

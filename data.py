@@ -9,6 +9,7 @@
     triplets    the same, but the subject looks different in the image    SUGAR, synthetic videos (3.1)
 """
 
+import fcntl
 import json
 import re
 import sys
@@ -233,6 +234,7 @@ class Tolerant:
         self.skipped.add(i)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # two ranks may meet one at the same time
             file.seek(self.read)
             # A run that was killed while it wrote may have left half a line, perhaps with another behind it.
             self.listed |= {int(found[1]) for line in file if (found := re.search(rb'\{"example": (\d+), "reason": ".*"\}$', line))}

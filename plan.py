@@ -11,6 +11,9 @@ import checkpoint
 from distributed import SMALL
 from training import DTYPES
 
+# Bytes in bfloat16 of DINOv2-large, and of CLIP ViT-L/14's half for images, which a base without its own takes from the hub.
+IMAGE_ENCODER = 2 * 304e6
+
 
 def kept_for_backward(block: nn.Module, config, lora_tokens: str) -> float:
     """Bytes in bfloat16 that autograd keeps of one block for each token: counted, by running the block on the CPU. lora_tokens: on whom
@@ -43,6 +46,7 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     names = {"vae": checkpoint.WEIGHTS, "text_encoder": "model", **({"dino": "model", "clip": "model"} if model.config.sugar else {})}
     networks = [(checkpoint.part(folder, name), stem) for name, stem in names.items()]
     encoders = sum(entry.nbytes for part, stem in networks if part for entry in checkpoint.index(part, stem).values())
+    encoders += IMAGE_ENCODER * sum(name in names and checkpoint.part(folder, name) is None for name in ("dino", "clip"))
     if not args.validate_count and all(source and (Path(source) / "index.json").exists() for source in sources):
         encoders = 0  # caches need none
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -56,12 +60,14 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     gathered = lambda part: width * sum(p.numel() for p in part.parameters() if p.requires_grad or not lies)
     whole, largest = gathered(model), gathered(block)
     weights = sum(p.nbytes for p in model.parameters()) + 4 * trained * (copies - 1)
-    accumulated = batch * args.sequence_parallel > world * args.micro_batch  # gradients are whole until the last micro-batch
+    of_rank = batch * args.sequence_parallel // world
+    micro_batch = min(args.micro_batch, of_rank)
+    accumulated = of_rank > micro_batch  # gradients are whole until the last micro-batch
     parts = {"frozen encoders, on every rank": encoders, "weights, sharded": weights / world,
              "gathered blocks": whole if whole <= SMALL else 2 * largest,
              "gradients" + ", sharded" * (not accumulated): 4 * trained / (1 if accumulated else world),
              "AdamW, sharded": 8 * trained / world,
-             f"activations of {args.micro_batch} samples": kept * tokens * args.micro_batch / args.sequence_parallel}
+             f"activations of {micro_batch} sample{'s' * (micro_batch > 1)}": kept * tokens * micro_batch / args.sequence_parallel}
     total = sum(parts.values()) / 1e9
     print(f"trainable parameters   {trained:,}\nfrozen parameters      {frozen:,}\ntokens in a sample     {tokens:,}")
     print(f"steps                  {args.steps:,} on {world} rank{'s' * (world > 1)}\nmemory of each rank")

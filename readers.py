@@ -53,10 +53,10 @@ STREAMS = ("pairs", "videos", "subjects", "triplets")  # of data.py
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Flags that say how real data is read."""
-    p.add_argument("--frames", type=int, help="of a clip, 8k+1 (default: the model's)")
-    p.add_argument("--height", type=int, help="of a clip; pictures of pairs are squares of this side (default: the model's)")
-    p.add_argument("--width", type=int, help="of a clip (default: the model's)")
-    p.add_argument("--fps", type=float, help="of a clip (default: the model's)")
+    p.add_argument("--frames", type=int, help="of a clip, 8k+1 (default: a cache's, else the model's)")
+    p.add_argument("--height", type=int, help="of a clip; pictures of pairs are squares of this side (default: as of frames)")
+    p.add_argument("--width", type=int, help="of a clip (default: a cache's, else the model's)")
+    p.add_argument("--fps", type=float, help="of a clip (default: a cache's, else 8)")
     p.add_argument("--short", choices=["skip", "loop"], default="skip", help="a video that is too short (default: %(default)s)")
     p.add_argument("--small", choices=["skip", "enlarge"], default="skip", help="one that is too small (default: %(default)s)")
     p.add_argument("--share", type=float, default=1.0, help="of the videos, a random part; Switch uses 0.01 of Pexels-400k")
@@ -65,15 +65,18 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
                    "does not count (default: %(default)s)")
 
 
-def clip_of(args: argparse.Namespace, config: Config) -> Clip:
-    """The clips that are asked for; what is not said is the model's size, at 8 fps. (No trainer stands on 1.5, made for another.)"""
+def clip_of(args: argparse.Namespace, config: Config, *sources: str | None) -> Clip:
+    """The clips that are asked for; what is not said is as in the first of `sources` that is a cache, else the model's size, at 8 fps.
+    (No trainer stands on 1.5, made for another.)"""
     for name in ("frames", "height", "width", "fps"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise BadInput(f"--{name} {getattr(args, name)}: choose more than 0.")
     if not 0 < args.share <= 1 or not 0 <= args.broken <= 1:
         raise BadInput(f"--share {args.share} and --broken {args.broken} are shares: choose from 0 to 1.")
-    clip = Clip(args.frames or config.sample_frames, args.height or config.sample_height * 8, args.width or config.sample_width * 8,
-                args.fps or 8, args.short, args.small)
+    usual = {"frames": config.sample_frames, "height": config.sample_height * 8, "width": config.sample_width * 8, "fps": 8}
+    cached = [Cache(Path(source)).clip() for source in sources if source and (Path(source) / "index.json").exists()]
+    said = usual | (cached[0] if cached else {}) | {name: value for name in usual if (value := getattr(args, name)) is not None}
+    clip = Clip(*(said[name] for name in usual), args.short, args.small)
     media.check_clip(clip.frames, clip.height, clip.width)
     return clip
 
@@ -100,8 +103,9 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     if (path / "index.json").exists():
         cache = Cache(path)
         cache.check(encoder, stream)
-        sizes = ("height",) if stream == "pairs" else ("frames", "height", "width", "fps")
-        cache.check_clip({name: getattr(args, name) for name in sizes})
+        sizes = ("height",) if stream == "pairs" else ("frames", "height", "width")
+        rate = {} if stream == "pairs" else {"fps": clip.fps if "fps" in cache.clip() else args.fps}
+        cache.check_clip({name: getattr(clip, name) for name in sizes} | rate)
         if args.share != 1 and stream in ("videos", "subjects"):  # no other has shares
             raise BadInput(f"--share {args.share}: the cache {path} holds the share that it was written with; leave the flag out, or "
                            f"choose fewer by their number.")
@@ -114,7 +118,8 @@ def open_data(source: str | None, stream: str, count: int | None, toy_count: int
     else:
         dataset = Videos(path, clip, args.seed, args.share)
         if stream == "subjects":
-            dataset = SubjectVideos(dataset, lambda: GroundedSAM(encoder.model, encoder.device), out / "cutouts")
+            by = checkpoint.fingerprint(*(checkpoint.part(encoder.model, part) for part in ("grounding_dino", "sam")))
+            dataset = SubjectVideos(dataset, lambda: GroundedSAM(encoder.model, encoder.device), out / "cutouts", by)
     if count is not None and count > len(dataset):
         raise BadInput(f"{count} examples were asked for, and {source} has {len(dataset)}.")
     length = count or len(dataset)
@@ -152,7 +157,9 @@ def what_is_trained_on(streams: dict[str, Stream], encoder: Encoder) -> dict:
     """For a run's settings: how many examples there are, on which their order depends, and by which networks they are encoded (a cache
     has seen to that)."""
     caches = {name: stream.dataset for name, stream in streams.items() if isinstance(stream.dataset, Cache)}
+    cut_out = {name: by for name, stream in streams.items() if (by := cut_out_by(stream.dataset)) is not None}
     return {**{f"examples of {name}": stream.length for name, stream in streams.items()},
+            **{f"subjects of {name} are cut out by": by for name, by in cut_out.items()},
             **{f"cache of {name}": cache.digest() for name, cache in caches.items()},
             "encoders": None if len(caches) == len(streams) else encoder_weights(encoder)}
 
@@ -298,11 +305,12 @@ class SubjectVideos:
     is the manifest's noun, else the whole caption, of which GroundingDINO finds what it is surest of. Cut-outs are kept in
     `cutouts`, so each is made once.
 
-    segment(image, words) -> its mask, or None: encoders.GroundedSAM, made when the first cut-out is needed.
+    segment(image, words) -> its mask, or None: encoders.GroundedSAM, made when the first cut-out is needed; by: tells its weights apart.
     """
 
-    def __init__(self, videos: Videos, segment: Callable[[], Callable[[Image.Image, str], Image.Image | None]], cutouts: Path):
-        self.videos, self.make_segmenter, self.segmenter, self.cutouts = videos, segment, None, cutouts
+    def __init__(self, videos: Videos, segment: Callable[[], Callable[[Image.Image, str], Image.Image | None]], cutouts: Path,
+                 by: str = ""):
+        self.videos, self.make_segmenter, self.segmenter, self.cutouts, self.by = videos, segment, None, cutouts, by
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -310,10 +318,11 @@ class SubjectVideos:
     def __getitem__(self, i: int) -> Example:
         example, row, clip = self.videos[i], self.videos.rows[i], self.videos.clip
         key = f"{row.video} {row.noun or example.text} {clip} {self.videos.seed}".encode(errors="surrogateescape")
-        file = self.cutouts / f"{zlib.crc32(key):08x}-{zlib.adler32(key):08x}.png"
+        frame = np.random.default_rng((self.videos.seed, 11, zlib.crc32(key))).integers(len(example.video))
+        image = Image.fromarray(example.video[frame])
+        made_of = key + f" {zlib.crc32(image.tobytes())} {self.by}".encode()
+        file = self.cutouts / f"{zlib.crc32(made_of):08x}-{zlib.adler32(made_of):08x}.png"
         if not file.exists():
-            frame = np.random.default_rng((self.videos.seed, 11, zlib.crc32(key))).integers(len(example.video))
-            image = Image.fromarray(example.video[frame])
             self.segmenter = self.segmenter or self.make_segmenter()
             words = row.noun or example.text
             mask = self.segmenter(image, words)
@@ -323,6 +332,12 @@ class SubjectVideos:
             with replace_when_whole(file) as part:
                 media.cut_out(image, mask, row.video).save(part)
         return replace(example, image=media.open_image(file))
+
+
+def cut_out_by(dataset) -> str | None:
+    """By which networks a stream's subjects are cut out; None where that has been done."""
+    within = getattr(dataset, "dataset", None)
+    return within.by if isinstance(within, SubjectVideos) else None
 
 
 class Triplets:

@@ -110,7 +110,7 @@ def plan_run(config: Config, folder: Path, args: argparse.Namespace, world: int)
             image[f"{name}_tokens"], image[f"{name}_dim"] = image_tokens(encoder)
     with torch.device("meta"):
         model = Transformer(config if config.sugar else replace(config, **image, design=args.design))
-    config, block, clip = model.config, Block(config).bfloat16(), clip_of(args, config)
+    config, block, clip = model.config, Block(config).bfloat16(), clip_of(args, config, args.real_data, args.data)
     frames, h, w = latent_size(clip.frames, clip.height, clip.width)
     tokens = config.dino_tokens + config.clip_tokens + config.max_text_seq_length + frames * h * w // config.patch_size**2
     steps = [f"{stage.steps:,}" for stage in stages_of(args)]
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     if args.plan:
         return plan_run(config, folder, args, ranks.world) if ranks.first else None
     encoder = Encoder(folder, "none", config.max_text_seq_length, ranks.device, sugar=True)
-    clip, streams = clip_of(args, config), {}
+    clip, streams = clip_of(args, config, args.real_data, args.data), {}
     for name, kind, source, count in (("real", "subjects", args.real_data, args.real),
                                       ("synthetic", "triplets", args.data, args.triplets)):
         if name not in streams_of(stages):

@@ -113,7 +113,7 @@ def plan_run(config: Config, adapter: Adapter, folder: Path, args: argparse.Name
     with torch.device("meta"):
         model = prepare(Transformer(config).bfloat16(), adapter)
     block = prepare(Transformer(replace(config, num_layers=1)).bfloat16(), adapter).bfloat16().transformer_blocks[0]
-    clip = clip_of(args, config)
+    clip = clip_of(args, config, args.video_data)
     frames, h, w = latent_size(clip.frames, clip.height, clip.width)
     latents = {"image": 2 * h * h, "video": (frames + (args.reference_drop < 1)) * h * w}  # with the reference; pairs are squares
     tokens = config.max_text_seq_length + max(latents[phase] for phase in phases_of(args)) // config.patch_size**2
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     # The two data sets: D_S2I and D_vid.
     encoder = Encoder(folder, adapter.cls, config.max_text_seq_length, ranks.device,
                       reference_frames=1 if args.reference_frame == "first" else 4)
-    clip, streams = clip_of(args, config), {}
+    clip, streams = clip_of(args, config, args.video_data), {}
     for phase, stream, source, count, toy_count in (("image", "pairs", args.image_data, args.images, 4000),
                                                     ("video", "videos", args.video_data, args.videos, 400)):
         if phase in phases_of(args):

@@ -19,8 +19,9 @@ import train_switch
 from cache import Cache, shard_file, stored_settings, write_cache
 from checkpoint import BadInput
 from data import Encoder, Stream, Toy
-from media import save_video
-from readers import open_data
+from media import Clip, save_video
+from model import read_config
+from readers import clip_of, open_data
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +104,16 @@ def test_a_cache_for_something_else_is_refused(base, ranks, tmp_path):
     save_file({name: 1.1 * tensor for name, tensor in tensors.items()}, trained / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="weights = "):
         written.check(Encoder(trained, "token", toy_networks.TOKENS, "cpu", reference_frames=2), "videos")
-    ask = lambda stream, flags: open_data(str(tmp_path / "cache"), stream, None, 1, None, train_switch.parse(flags.split()), encoder, tmp_path)
+    ask = lambda clip, flags: open_data(str(tmp_path / "cache"), "videos", None, 1, clip, train_switch.parse(flags.split()), encoder, tmp_path)
     with pytest.raises(BadInput, match="--share 0.5: the cache"):
-        ask("videos", "--share 0.5")
-    assert ask("videos", "--frames 9")[1] == 2
+        ask(Clip(9, 64, 64), "--share 0.5")
+    for clip, flags in ((Clip(17, 64, 64), "--frames 17"), (Clip(9, 64, 96), "--width 96"), (Clip(9, 64, 64, 8), "--fps 8")):
+        with pytest.raises(BadInput, match=f"have {flags}, and the cache"):
+            ask(clip, flags)
+    assert ask(Clip(9, 64, 64), "--frames 9")[1] == 2
     write_cache(tmp_path / "pairs", Toy("pairs"), 2, encoder, ranks, 0, stored_settings(encoder, "pairs"))
     flags = train_switch.parse("--share 0.5".split())  # of the videos beside it
-    assert open_data(str(tmp_path / "pairs"), "pairs", None, 1, None, flags, encoder, tmp_path)[1] == 2
+    assert open_data(str(tmp_path / "pairs"), "pairs", None, 1, Clip(17, 64, 96), flags, encoder, tmp_path)[1] == 2
     (tmp_path / "cache" / "index.json").write_text('{"metadata": {}}')
     with pytest.raises(BadInput, match="is not the index of a cache"):
         Cache(tmp_path / "cache")
@@ -142,7 +146,7 @@ def test_training_from_a_cache_is_training_without_and_loads_no_other_network(ba
 
 
 def test_two_ranks_write_what_one_rank_writes(base, tmp_path):
-    arguments = ["cache", "--as", "pairs", "--count", "66", "--model", base, "--device", "cpu", "--reference-frames", "1"]
+    arguments = ["cache", "--as", "pairs", "--count", "66", "--model", base, "--device", "cpu"]
     run("data.py", *arguments, "--out", tmp_path / "one")
     run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "data.py", *arguments, "--out", tmp_path / "two")
     files = sorted(file.name for file in (tmp_path / "one").glob("shard-*"))
@@ -165,6 +169,26 @@ def test_data_of_the_wrong_kind(arguments, phrase, base, tmp_path, capfd):
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 1 and errors[0].startswith("error: ") and phrase in errors[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_has_the_clips_of_its_cache(base, tmp_path, capfd):
+    """Also its plan and its sheets, and the stream that is read beside it."""
+    save_video(np.zeros((9, 64, 96, 3), np.uint8), tmp_path / "videos" / "a.mp4", 8, {})
+    (tmp_path / "videos" / "a.txt").write_text("a dog")
+    assert cache.main(f"cache --as videos --data {tmp_path / 'videos'} --out {tmp_path / 'cache'} --model {base} --device cpu --frames 9 "
+                      "--height 64 --width 96".split()) == 0
+    plan = f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --video-data"
+    assert train_switch.main([*plan.split(), str(tmp_path / "cache")]) == 0
+    assert f"tokens in a sample     {toy_networks.TOKENS + (3 + 1) * 4 * 6}\n" in capfd.readouterr().out
+    args = train_switch.parse(["--height", "128"])
+    assert clip_of(args, read_config(base / "transformer"), None, str(tmp_path / "cache")) == Clip(9, 128, 96)
+
+
+@pytest.mark.parametrize("arguments,phrase", [("pairs --share 0.5", "--share has no effect --as pairs"), ("triplets --no-cls", "--no-cls has"),
+                                              ("subjects --reference-frames 2", "--reference-frames has no effect --as subjects")])
+def test_what_has_no_effect_on_a_cache_is_refused(arguments, phrase, base, tmp_path, capfd):
+    assert cache.main(["cache", "--out", str(tmp_path / "cache"), "--model", str(base), "--device", "cpu", "--as", *arguments.split()]) == 2
+    assert phrase in capfd.readouterr().err and not (tmp_path / "cache").exists()
 
 
 def test_data_that_has_changed_is_not_mixed(base, tmp_path, capfd):

@@ -289,6 +289,8 @@ def test_subjects_are_cut_out_once(videos, tmp_path):
         grey = np.asarray(example.image).mean()
         assert np.abs(levels(example.video) - grey).min() < 1.5, "it is out of one of the frames"
     assert asked == [((64, 48), "lamp")]
+    SubjectVideos(Videos(videos / "subjects.jsonl", CLIP), lambda: segment, tmp_path / "cutouts", by="other weights")[0]
+    assert len(asked) == 2
     with pytest.raises(Unfit, match="no 'lamp' was found"):
         SubjectVideos(Videos(videos / "subjects.jsonl", CLIP), lambda: lambda *_: None, tmp_path / "others")[0]
 

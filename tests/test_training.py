@@ -294,11 +294,11 @@ def test_the_plan_is_for_the_clips_that_are_asked_for(base, tmp_path, capsys):
     assert f"tokens in a sample     {toy_networks.TOKENS + 2 * 4 * 4}\n" in capsys.readouterr().out  # a picture and its reference
 
 
-@pytest.mark.parametrize("main", [train_switch.main, train_sugar.main])
-def test_a_plan_in_float32_counts_twice_the_activations(main, base, tmp_path, capsys):
+@pytest.mark.parametrize("main,batches", [(train_switch.main, "--image-batch 4096 --video-batch 4096"), (train_sugar.main, "--batch 4096")])
+def test_a_plan_in_float32_counts_twice_the_activations(main, batches, base, tmp_path, capsys):
     sizes = []
     for dtype in ("bf16", "fp32"):
-        assert main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --micro-batch 4096 --dtype {dtype}".split()) == 0
+        assert main(f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --micro-batch 4096 {batches} --dtype {dtype}".split()) == 0
         sizes.append(float(re.search(r"activations of 4096 samples +([\d.]+)", capsys.readouterr().out)[1]))
     assert sizes[0] > 1 and sizes[1] == pytest.approx(2 * sizes[0], abs=0.02)
 
@@ -312,13 +312,22 @@ def test_numbers_that_cannot_be_are_named(flags, base, tmp_path, capsys):
 
 
 def test_a_plan_from_caches_counts_no_encoders(base, tmp_path, capsys):
-    (tmp_path / "index.json").write_text("{}")
+    (tmp_path / "index.json").write_text('{"length": 0, "settings": {}}')
     sizes = []
     for more in ("", " --validate-count 0"):
         command = f"--plan --model {base} --out {tmp_path / 'run'} --device cpu --image-data {tmp_path} --video-data {tmp_path}{more}"
         assert train_switch.main(command.split()) == 0
         sizes.append(float(re.search(r"frozen encoders, on every rank +([\d.]+)", capsys.readouterr().out)[1]))
     assert sizes[0] >= sizes[1] == 0
+
+
+def test_a_plan_counts_the_image_encoders_of_the_hub(base, tmp_path, capsys):
+    shutil.copytree(base, tmp_path / "plain", ignore=shutil.ignore_patterns("dino", "clip"))
+    sizes = []
+    for model in (base, tmp_path / "plain"):
+        assert train_sugar.main(f"--plan --model {model} --out {tmp_path / 'run'} --device cpu".split()) == 0
+        sizes.append(float(re.search(r"frozen encoders, on every rank +([\d.]+)", capsys.readouterr().out)[1]))
+    assert sizes[1] - sizes[0] == pytest.approx(1.2, abs=0.1)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
