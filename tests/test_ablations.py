@@ -227,7 +227,9 @@ def test_a_line_that_was_not_measured_is_named(line, tmp_path, monkeypatch, caps
     assert "out/measured.jsonl, line 1: this is no point" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name,rows", [("sugar-guidance", []), ("sugar-design", ["design (b)", "design (e)"])])
+@pytest.mark.parametrize("name,rows", [
+    ("sugar-guidance", []), ("sugar-design", ["design (b)", "design (e)"]), ("sugar-drop", ["nothing dropped", "both dropped"]),
+    ("switch-videos", ["100 videos", "400 videos"])])
 def test_readme_says_what_was_measured_of_the_shipped_model(name, rows, tmp_path, monkeypatch):
     """examples/measured.jsonl is of the weights that are shipped, and README's findings follow from it."""
     monkeypatch.setattr(sample, "run", lambda args: pytest.fail("it sampled"))
@@ -236,7 +238,7 @@ def test_readme_says_what_was_measured_of_the_shipped_model(name, rows, tmp_path
     command = ["ablate", name, *(["--rows", *rows] if rows else []), "--model", str(ROOT / "checkpoints/toy"), "--out", str(tmp_path)]
     assert evaluate.main([*command, "--measured", str(file), "--device", "cpu"]) == 0
     _, findings = re.findall(r"(?:^\|.*\n)+", (tmp_path / f"{name}.md").read_text(), flags=re.MULTILINE)
-    assert findings in (ROOT / "README.md").read_text()
+    assert {*findings.splitlines()} <= {*(ROOT / "README.md").read_text().splitlines()}
     assert "no verdict" not in findings.replace("no verdict (hardly a common level", "")  # which is what was measured, not what is missing
 
 
