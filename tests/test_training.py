@@ -268,7 +268,7 @@ def test_defaults_are_the_papers_unless_the_base_is_of_the_toys_size(main, batch
     assert main(f"--plan --model {large} --out {tmp_path / 'run'} --device cpu".split()) == 0
     said = capsys.readouterr().out
     steps = {train_switch.main: 4000, train_sugar.main: 10000}[main]
-    assert re.search(rf"steps +{steps:,} on 1 rank", said) and "activations of 1 samples" in said
+    assert re.search(rf"steps +{steps:,} on 1 rank", said) and "activations of 1 sample " in said
     trainer = {train_switch.main: train_switch, train_sugar.main: train_sugar}[main]
     for toy in (False, True):
         args = trainer.parse(["--lr", "3e-4"])
