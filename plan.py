@@ -44,9 +44,12 @@ def print_plan(model: nn.Module, block: nn.Module, folder: Path, tokens: int, ba
     data, None is the toy's world; runs: one after the other, each with checkpoints of its own.
     """
     names = {"vae": checkpoint.WEIGHTS, "text_encoder": "model", **({"dino": "model", "clip": "model"} if model.config.sugar else {})}
-    networks = [(checkpoint.part(folder, name), stem) for name, stem in names.items()]
-    encoders = sum(entry.nbytes for part, stem in networks if part for entry in checkpoint.index(part, stem).values())
-    encoders += IMAGE_ENCODER * sum(name in names and checkpoint.part(folder, name) is None for name in ("dino", "clip"))
+    encoders = 0
+    for name, stem in names.items():
+        if part := checkpoint.part(folder, name):
+            encoders += sum(entry.nbytes for entry in checkpoint.index(part, stem).values())
+        elif name in ("dino", "clip"):
+            encoders += IMAGE_ENCODER
     if not args.validate_count and all(source and (Path(source) / "index.json").exists() for source in sources):
         encoders = 0  # caches need none
     config, trained = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)

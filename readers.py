@@ -317,14 +317,14 @@ class SubjectVideos:
 
     def __getitem__(self, i: int) -> Example:
         example, row, clip = self.videos[i], self.videos.rows[i], self.videos.clip
-        key = f"{row.video} {row.noun or example.text} {clip} {self.videos.seed}".encode(errors="surrogateescape")
+        words = row.noun or example.text
+        key = f"{row.video} {words} {clip} {self.videos.seed}".encode(errors="surrogateescape")
         frame = np.random.default_rng((self.videos.seed, 11, zlib.crc32(key))).integers(len(example.video))
         image = Image.fromarray(example.video[frame])
         made_of = key + f" {zlib.crc32(image.tobytes())} {self.by}".encode()
         file = self.cutouts / f"{zlib.crc32(made_of):08x}-{zlib.adler32(made_of):08x}.png"
         if not file.exists():
             self.segmenter = self.segmenter or self.make_segmenter()
-            words = row.noun or example.text
             mask = self.segmenter(image, words)
             if mask is None or not np.any(mask):
                 raise Unfit(f"{row.video}: no {words!r} was found in frame {frame}")
